@@ -1,0 +1,87 @@
+"""A matrix product that is added to a sum as it is computed.
+
+NumPy can compute ``a.T @ b`` and add it, but only one after the other: the product is written to new memory, read again
+and added. The BLAS underneath can do both at once, but NumPy does not pass that on, and SciPy, which does, brings
+another BLAS with threads of its own that compete with NumPy's. So this module calls the very library that NumPy calls:
+the OpenBLAS inside NumPy's wheels. Where NumPy has another one, or the arrays are not as they are needed, it declines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import pathlib
+from typing import Any, Callable, Optional, Tuple
+
+import numpy
+
+_ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
+
+# Below this, calling the library through ctypes takes longer than it saves.
+_SMALLEST_SUM = 2**15
+
+
+def add_matrix_product(total: Any, a: Any, b: Any) -> bool:
+    """Adds ``a.T @ b`` to ``total`` in place, if that can be done at once.
+
+    Args:
+        total (numpy.ndarray): Sum of shape ``(m, n)``.
+        a (numpy.ndarray): Array of shape ``(k, m)``.
+        b (numpy.ndarray): Array of shape ``(k, n)``.
+
+    Returns:
+        bool: Whether it was done. If not, ``total`` is as before.
+
+    """
+    arrays = (total, a, b)
+    if not all(isinstance(array, numpy.ndarray) and array.flags.c_contiguous for array in arrays):
+        return False
+    if total.size < _SMALLEST_SUM or len(a) == 0 or not total.dtype == a.dtype == b.dtype:
+        return False
+    gemm = _gemm(total.dtype.char)
+    if gemm is None:
+        return False
+    (k, m), n = a.shape, b.shape[1]
+    total_pointer, a_pointer, b_pointer = (array.__array_interface__["data"][0] for array in arrays)
+    gemm(_ROW_MAJOR, _TRANSPOSE, _NO_TRANSPOSE, m, n, k, 1.0, a_pointer, m, b_pointer, n, 1.0, total_pointer, n)
+    return True
+
+
+@functools.lru_cache(maxsize=None)
+def _gemm(dtype: str) -> Optional[Callable[..., None]]:
+    """Returns ``cblas_sgemm`` or ``cblas_dgemm`` of the OpenBLAS in NumPy's wheel, or ``None`` if there is none."""
+    if dtype not in "fd":
+        return None
+    real = {"f": ctypes.c_float, "d": ctypes.c_double}[dtype]
+    name = {"f": "cblas_sgemm", "d": "cblas_dgemm"}[dtype]
+    for symbol, integer in _spellings(name):
+        for path in _libraries():
+            try:
+                gemm = getattr(ctypes.CDLL(str(path)), symbol)
+            except (OSError, AttributeError):
+                continue
+            gemm.restype = None
+            gemm.argtypes = (
+                [ctypes.c_int] * 3
+                + [integer] * 3
+                + [real, ctypes.c_void_p, integer, ctypes.c_void_p, integer]
+                + [real, ctypes.c_void_p, integer]
+            )
+            return gemm  # type: ignore[no-any-return]
+    return None
+
+
+def _libraries() -> Tuple[pathlib.Path, ...]:
+    package = pathlib.Path(numpy.__file__).parent
+    folders = package.parent / "numpy.libs", package / ".dylibs"  # of the wheels for Linux and Windows, and for macOS
+    return tuple(path for folder in folders for path in sorted(folder.glob("*openblas*")))
+
+
+def _spellings(name: str) -> Tuple[Tuple[str, Any], ...]:
+    """Returns the names under which NumPy's wheels have had the function, with the type of its sizes."""
+    return (
+        (f"scipy_{name}64_", ctypes.c_int64),
+        (f"{name}64_", ctypes.c_int64),
+        (f"scipy_{name}", ctypes.c_int),
+        (name, ctypes.c_int),
+    )

@@ -1,0 +1,140 @@
+"""The sums of a window's gradients, each added to where a gradient is born.
+
+Chainer would add up gradients in ``param.grad`` by itself: with a graph node, a new array and a rounding in the dtype of
+the parameter for each parameter and pass. To add up the finished gradients of each pass needs no node, but a second set
+of gradients, and reads and writes all of them once more. A gradient is cheapest to add while it is made: it is still in
+the cache, and gone before the next one is made. And the gradient of a matrix product need not be made at all, for a
+matrix product can be added to a sum as it is computed.
+
+So this module steps between Chainer's backward pass and the functions that have a parameter as an input: it adds the
+gradients that they return to the sums and returns none of them. What reaches ``param.grad`` by another way, such as
+the backward pass that :func:`chainer.functions.forget` runs within the backward pass, is added once the pass is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import chainer
+import numpy
+from chainer.functions.connection.linear import LinearFunction
+
+from chainer_accum._blas import add_matrix_product
+from chainer_accum._devices import device_of
+
+
+class GradientSums:
+    """Sums of the gradients of all parameters of a link, in float32 or wider.
+
+    Args:
+        target (~chainer.Link): Link that has the parameters.
+
+    """
+
+    def __init__(self, target: chainer.Link) -> None:
+        self._target = target
+        self._sums: Dict[int, Tuple[chainer.Parameter, Any]] = {}
+
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[None]:
+        """Returns a context in which gradients are added to the sums as ``backward()`` makes them.
+
+        The gradients of the link must be cleared. If the context raises, the sums are of no use any more.
+
+        """
+        if chainer.is_debug():  # so that the checks of the debug mode see each gradient
+            yield
+        else:
+            hook = _AddWhereBorn(self, {param.node: param for param in self._target.params()})
+            try:
+                with hook:
+                    yield
+            finally:
+                hook.restore()
+        for param in self._target.params():
+            grad = param.grad
+            if grad is not None:
+                self.add(param, grad)
+                param.cleargrad()
+
+    def add(self, param: chainer.Parameter, grad: Any) -> None:
+        """Adds a gradient, which is only read: it may be the gradient of something else as well."""
+        total = self.get(param)
+        with device_of(grad):
+            if total is None:
+                self._sums[id(param)] = param, grad.astype(numpy.promote_types(grad.dtype, numpy.float32))
+            else:
+                total += grad
+
+    def get(self, param: chainer.Parameter) -> Optional[Any]:
+        """Returns the sum of the gradients of ``param``, or ``None`` if it has had none."""
+        entry = self._sums.get(id(param))
+        return None if entry is None else entry[1]
+
+    def take(self) -> Iterator[Tuple[chainer.Parameter, Any]]:
+        """Returns an iterator over all parameters with a sum, and removes each from here."""
+        while self._sums:
+            yield self._sums.popitem()[1]
+
+
+class _AddWhereBorn(chainer.FunctionHook):
+    """Adds the gradients of parameters to the sums right after the function that made them."""
+
+    name = "chainer_accum.GradientSums"
+
+    def __init__(self, sums: GradientSums, params: Dict[chainer.variable.VariableNode, chainer.Parameter]) -> None:
+        self._sums = sums
+        self._params = params
+        self._depth = 0
+        self._function: Optional[chainer.FunctionNode] = None
+
+    def backward_preprocess(self, function: chainer.FunctionNode, in_data: Any, out_grad: Any) -> None:
+        self._depth += 1
+        # A backward pass within the backward pass wants its gradients for itself.
+        if self._depth == 1 and not self._params.keys().isdisjoint(function.inputs):
+            self._function = function
+            function.backward = functools.partial(self._backward, function)
+
+    def backward_postprocess(self, function: chainer.FunctionNode, in_data: Any, out_grad: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.restore()
+
+    def restore(self) -> None:
+        """Gives the function its own ``backward`` again, without which it would keep itself and its graph alive."""
+        if self._function is not None:
+            del self._function.backward
+            self._function = None
+
+    def _backward(
+        self, function: chainer.FunctionNode, indexes: Tuple[int, ...], grad_outputs: Tuple[Any, ...]
+    ) -> Sequence[Optional[chainer.Variable]]:
+        inputs = function.inputs
+        if isinstance(function, LinearFunction) and self._add_weight_gradient(function, indexes, grad_outputs):
+            indexes = tuple(index for index in indexes if index != 1)
+        grads = type(function).backward(function, indexes, grad_outputs)
+        if len(grads) not in (len(inputs), len(indexes)):
+            return grads  # type: ignore[no-any-return]  # for Chainer to complain about
+        kept: List[Optional[chainer.Variable]] = [None] * len(inputs)
+        for index, grad in zip(range(len(inputs)) if len(grads) == len(inputs) else indexes, grads):
+            if grad is None or index not in indexes:
+                continue
+            param = self._params.get(inputs[index])
+            if param is None:
+                kept[index] = grad
+            else:
+                self._sums.add(param, grad.array)
+        return kept
+
+    def _add_weight_gradient(
+        self, function: LinearFunction, indexes: Tuple[int, ...], grad_outputs: Tuple[Any, ...]
+    ) -> bool:
+        weight = self._params.get(function.inputs[1])
+        if weight is None or 1 not in indexes:
+            return False
+        total = self._sums.get(weight)
+        return total is not None and add_matrix_product(
+            total, grad_outputs[0].array, function.get_retained_inputs()[0].array
+        )

@@ -1,0 +1,282 @@
+"""AccumulatingUpdater: a window of micro-batches where StandardUpdater has one batch."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import numbers
+from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Tuple
+
+import chainer
+from chainer.dataset import concat_examples
+from chainer.training.updaters import StandardUpdater
+
+from chainer_accum.micro_batches import EPOCH_BOUNDARIES, MicroBatches, WeightFunc
+from chainer_accum.observations import OBSERVATION_RULES, Observations
+from chainer_accum.window import LOSS_REDUCTIONS, Window
+
+
+class AccumulatingUpdater(StandardUpdater):
+    """AccumulatingUpdater(\
+iterator, optimizer, converter=convert.concat_examples, device=None, \
+loss_func=None, loss_scale=None, auto_new_epoch=True, *, input_device=None, \
+accumulation_steps=1, micro_batch_size=None, weight_func=None, \
+loss_reduction='mean', epoch_boundary='carry', observation_rules=None)
+
+    :class:`~chainer.training.updaters.StandardUpdater` with gradient accumulation.
+
+    One :meth:`update` makes the step that ``StandardUpdater`` would make with the whole effective batch, but keeps the
+    graph of one micro-batch at a time. One update is one ``optimizer.update()`` and one ``iteration``; hooks, triggers,
+    extensions and snapshots see effective batches only.
+
+    There are two ways to form an effective batch, and they compose: ``accumulation_steps`` batches are gathered from
+    the iterator, and each is split into micro-batches of at most ``micro_batch_size`` examples. With neither, this is
+    ``StandardUpdater``. Each micro-batch has its own forward pass, so what a model computes over the batch it sees,
+    such as the statistics of batch normalization, it computes over the micro-batch.
+
+    If there are several iterators or optimizers by name, the main ones are used, as in ``StandardUpdater``.
+
+    If anything raises while a window is under way, its examples are dropped, and parameters, optimizer and reporter are
+    as before it.
+
+    Args:
+        iterator: Dataset iterator for the training dataset, or a dictionary that maps strings to iterators.
+        optimizer: Optimizer that has been set up with the model, or a dictionary that maps strings to optimizers.
+        converter: Converter function, called with the examples of each micro-batch.
+        device(device specifier): Device to which the model is sent. If ``None``, the device of the model will stay
+            unchanged.
+        loss_func: Loss function. The target link of the main optimizer is used by default.
+        loss_scale (float): Loss scaling factor.
+        auto_new_epoch (bool): If ``True``, :meth:`~chainer.Optimizer.new_epoch` of the main optimizer is called when an
+            epoch ended within the effective batch.
+        input_device (device specifier): Device to which the training data is sent. By default, ``device``.
+        accumulation_steps (int): Number of iterator batches per update.
+        micro_batch_size (int): The largest number of examples in one forward/backward pass. An iterator batch with
+            more is split as evenly as can be. If ``None``, iterator batches stay whole.
+        weight_func (callable): What a micro-batch counts for in the effective batch. It is called with the examples of
+            the micro-batch, as the iterator gave them, and returns a number, zero or more. The right weight is what the
+            loss is divided by: if the loss is a mean over tokens or over valid labels, return their number. By default,
+            the number of examples. With a weight of zero, there is no backward pass; if the whole effective batch has
+            none, the gradient is zero.
+        loss_reduction (str): What the loss is over the examples of a batch: ``'mean'``, or ``'sum'`` to add up the
+            gradients as they are. The weights then serve for observations only, whose means are still means: give the
+            loss the rule ``'sum'`` in ``observation_rules`` if it is reported.
+        epoch_boundary (str): ``'carry'`` lets an effective batch run across the end of an epoch, as a large batch does;
+            ``'flush'`` ends it there, with fewer examples.
+        observation_rules (dict): Maps keys of the observation, such as ``'main/n_correct'``, to how the values that the
+            micro-batches reported become one: ``'mean'`` (by weight; the default), ``'sum'`` or ``'last'``. Of values
+            that are not scalars, the last is reported.
+
+    Attributes:
+        converter: Converter function.
+        loss_func: Loss function. If it is ``None``, the target link of the main optimizer is used instead.
+        device: Device to which the model is sent.
+        input_device: Device to which the training data is sent.
+        iteration: Current number of completed updates.
+        auto_new_epoch: See the argument.
+        accumulation_steps: See the argument.
+        micro_batch_size: See the argument.
+
+    Raises:
+        TypeError: If an argument is of the wrong type or unknown.
+        ValueError: If an argument has an impossible value, or an optimizer has not been set up.
+
+    """
+
+    def __init__(
+        self,
+        iterator: Any,
+        optimizer: Any,
+        converter: Callable[..., Any] = concat_examples,
+        device: Any = None,
+        loss_func: Optional[Callable[..., chainer.Variable]] = None,
+        loss_scale: Optional[float] = None,
+        auto_new_epoch: bool = True,
+        *,
+        input_device: Any = None,
+        accumulation_steps: int = 1,
+        micro_batch_size: Optional[int] = None,
+        weight_func: Optional[WeightFunc] = None,
+        loss_reduction: str = "mean",
+        epoch_boundary: str = "carry",
+        observation_rules: Optional[Mapping[str, str]] = None,
+        **unknown: NoReturn,
+    ) -> None:
+        _check_no_unknown(unknown)
+        iterators = iterator if isinstance(iterator, dict) else {"main": iterator}
+        _check_main("iterator", iterators, "an iterator", "next")
+        optimizers = optimizer if isinstance(optimizer, dict) else {"main": optimizer}
+        _check_main("optimizer", optimizers, "an optimizer", "update")
+        _check_set_up(optimizers)
+        _check_callable("converter", converter)
+        if loss_func is not None:
+            _check_callable("loss_func", loss_func)
+        if weight_func is not None:
+            _check_callable("weight_func", weight_func)
+        self._accumulation_steps = _positive_int(
+            "accumulation_steps", accumulation_steps, "use 1 to disable accumulation"
+        )
+        self._micro_batch_size = micro_batch_size
+        if micro_batch_size is not None:
+            self._micro_batch_size = _positive_int(
+                "micro_batch_size", micro_batch_size, "use None to leave batches whole"
+            )
+        _check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
+        _check_choice("epoch_boundary", epoch_boundary, EPOCH_BOUNDARIES)
+        _check_rules(observation_rules)
+        super().__init__(
+            iterators,
+            optimizers,
+            converter,
+            device,
+            loss_func,
+            loss_scale,
+            auto_new_epoch,
+            input_device=input_device,
+        )
+        self._weight_func = weight_func
+        self._loss_reduction = loss_reduction
+        self._epoch_boundary = epoch_boundary
+        self._observation_rules = dict(observation_rules or {})
+        # Of the last window: epoch_detail as it began, and whether an epoch ended in it. None before the first.
+        self._last_window: Optional[Tuple[float, bool]] = None
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self._accumulation_steps
+
+    @property
+    def micro_batch_size(self) -> Optional[int]:
+        return self._micro_batch_size
+
+    @property
+    def previous_epoch_detail(self) -> Optional[float]:
+        """``epoch_detail`` before the last update, or ``None`` before the first."""
+        if self._last_window is None:
+            return getattr(self.get_iterator("main"), "previous_epoch_detail", None)
+        return self._last_window[0]
+
+    @property
+    def is_new_epoch(self) -> bool:
+        """Whether an epoch ended within the last effective batch."""
+        if self._last_window is None:
+            return bool(self.get_iterator("main").is_new_epoch)
+        return self._last_window[1]
+
+    def update_core(self) -> None:
+        iterator = self.get_iterator("main")
+        epoch_detail = iterator.epoch_detail
+        if self._accumulation_steps == 1 and self._micro_batch_size is None:
+            super().update_core()
+            is_new_epoch = bool(iterator.is_new_epoch)
+        else:
+            is_new_epoch = self._update_with_window()
+        self._last_window = epoch_detail, is_new_epoch
+
+    def finalize(self) -> None:
+        """Finalizes each iterator that can be finalized."""
+        for iterator in self._iterators.values():
+            if hasattr(iterator, "finalize"):
+                iterator.finalize()
+
+    def serialize(self, serializer: Any) -> None:
+        """Serializes the current state of the updater object.
+
+        Snapshots of :class:`~chainer.training.updaters.StandardUpdater` can be loaded, and it can load these.
+
+        """
+        super().serialize(serializer)
+        previous_epoch_detail, is_new_epoch = self._last_window or (-1.0, False)
+        try:
+            previous_epoch_detail = serializer("previous_epoch_detail", previous_epoch_detail)
+            is_new_epoch = serializer("is_new_epoch", is_new_epoch)
+        except KeyError:  # a snapshot of StandardUpdater, whose iterator knows both
+            previous_epoch_detail = -1.0
+        self._last_window = None if previous_epoch_detail < 0 else (previous_epoch_detail, is_new_epoch)
+
+    def _update_with_window(self) -> bool:
+        micro_batches = MicroBatches(
+            self.get_iterator("main"),
+            self._accumulation_steps,
+            self._micro_batch_size,
+            self._weight_func,
+            self._epoch_boundary,
+        )
+        optimizer = self.get_optimizer("main")
+        window = Window(optimizer, self._loss_reduction, micro_batches.expected_weight)
+        observations = Observations(self._observation_rules)
+        for micro_batch in micro_batches:
+            with observations.of_micro_batch(micro_batch.weight):
+                window.add(self._bind_loss(micro_batch.examples), weight=micro_batch.weight)
+            del micro_batch
+        update_observations = Observations()
+        with update_observations.of_micro_batch(1.0):
+            window.update()
+        chainer.report({**observations.merged(), **update_observations.merged()})
+        if self.auto_new_epoch and micro_batches.is_new_epoch:
+            optimizer.new_epoch(auto=True)
+        return micro_batches.is_new_epoch
+
+    def _bind_loss(self, examples: Any) -> Callable[[], chainer.Variable]:
+        loss_func = self.loss_func or self.get_optimizer("main").target
+        arguments = chainer.dataset.convert._call_converter(self.converter, examples, self.input_device)
+        if isinstance(arguments, tuple):
+            return functools.partial(loss_func, *arguments)
+        if isinstance(arguments, dict):
+            return functools.partial(loss_func, **arguments)
+        return functools.partial(loss_func, arguments)
+
+
+def _check_no_unknown(unknown: Dict[str, Any]) -> None:
+    for name, value in unknown.items():
+        known = [parameter for parameter in inspect.signature(AccumulatingUpdater).parameters if parameter != "unknown"]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        remedy = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+        raise TypeError(f"{name} is not an argument of AccumulatingUpdater, got {name}={value!r}; {remedy}")
+
+
+def _check_main(name: str, by_name: Dict[str, Any], what: str, method: str) -> None:
+    if "main" not in by_name:
+        raise ValueError(f"{name} must have the key 'main', got the keys {sorted(by_name)}; name the one to train with")
+    if not callable(getattr(by_name["main"], method, None)):
+        raise TypeError(f"{name} must be {what} or a dict of them, got {by_name['main']!r}")
+
+
+def _check_set_up(optimizers: Dict[str, Any]) -> None:
+    for name, optimizer in optimizers.items():
+        if getattr(optimizer, "target", None) is None:
+            raise ValueError(
+                f"optimizer must be set up with a model, got {type(optimizer).__name__} under the name {name!r} without "
+                "one; call optimizer.setup(model) first"
+            )
+
+
+def _check_callable(name: str, value: Any) -> None:
+    if not callable(value):
+        remedy = "pass a function"
+        if isinstance(value, int):
+            remedy = f"to accumulate, pass accumulation_steps={value} or micro_batch_size={value} by keyword"
+        raise TypeError(f"{name} must be callable, got {value!r}; {remedy}")
+
+
+def _positive_int(name: str, value: Any, remedy: str) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a positive int, got {value!r}; {remedy}")
+    if value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}; {remedy}")
+    return int(value)
+
+
+def _check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_rules(rules: Any) -> None:
+    if rules is None:
+        return
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"observation_rules must be a dict, got {rules!r}; map keys such as 'main/loss' to a rule")
+    for key, rule in rules.items():
+        _check_choice(f"observation_rules[{key!r}]", rule, OBSERVATION_RULES)

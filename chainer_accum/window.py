@@ -1,0 +1,149 @@
+"""The window: weighted backward passes, then one ``optimizer.update()``.
+
+Each pass is what :meth:`chainer.GradientMethod.update` does with a loss function, but for two things: its gradients go to
+sums of the window's own, and the optimizer waits. Until :meth:`Window.update`, neither a parameter nor the optimizer has
+changed, so a window that fails is one that is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, Callable, Optional
+
+import chainer
+import numpy
+
+from chainer_accum._devices import device_of
+from chainer_accum.gradient_sums import GradientSums
+
+LOSS_REDUCTIONS = ("mean", "sum")
+
+
+class Window:
+    """Sums the gradients of several losses and updates the parameters with them once.
+
+    With losses that are means (the default), the gradient that reaches the optimizer is
+    :math:`\\sum_i w_i g_i / \\sum_i w_i`, where :math:`g_i` is the gradient of the :math:`i`-th loss and :math:`w_i` its
+    weight: the gradient of the mean over all examples of the window, if each weight is the number of examples behind the
+    loss. With losses that are sums, it is :math:`\\sum_i g_i`.
+
+    The weights reach the gradients through the initial gradient of each loss, as the loss scale does, so no node is
+    added to a graph and every intermediate value is as large as it would be with the whole window as one batch.
+
+    Args:
+        optimizer (~chainer.Optimizer): Optimizer that has been set up with the model.
+        loss_reduction (str): ``'mean'`` or ``'sum'``: what the losses are of their examples.
+        expected_weight (float): What the weights are likely to add up to; by default, the first weight that is not
+            zero. It sets the magnitude of the gradients on their way, not that of the result.
+
+    """
+
+    def __init__(self, optimizer: Any, loss_reduction: str = "mean", expected_weight: Optional[float] = None) -> None:
+        self._optimizer = optimizer
+        self._is_mean = loss_reduction == "mean"
+        self._expected_weight = expected_weight
+        self._weight = 0.0
+        # Chainer has no public way to ask for the scale. It is read once: a window has one scale from end to end.
+        self._loss_scale: Optional[float] = optimizer._loss_scale
+        self._sums = GradientSums(optimizer.target)
+        self._is_intact = True
+
+    def add(self, lossfun: Callable[..., chainer.Variable], *args: Any, weight: float = 1, **kwargs: Any) -> None:
+        """Runs one forward and one backward pass.
+
+        Nothing is kept of the pass but its gradients.
+
+        Args:
+            lossfun (callable): Loss function, called with ``args`` and ``kwargs``. It returns a scalar
+                :class:`~chainer.Variable`.
+            weight (float): What this loss counts for, zero or more. With zero, the backward pass is left out.
+
+        Raises:
+            TypeError: If the loss is not a :class:`~chainer.Variable` or the weight is not a number.
+            ValueError: If the loss is not a scalar or has no graph, or the weight is negative or not finite.
+
+        """
+        weight = check_weight(weight, "weight")
+        loss = lossfun(*args, **kwargs)
+        # Now, not before the forward pass: that is where lazy parameters are born, with NaN for a gradient, and where a
+        # loss function may run a backward pass of its own.
+        self._optimizer.target.cleargrads()
+        _check_loss(loss, weight)
+        if weight > 0:
+            self._backward(loss, weight)
+
+    def update(self) -> None:
+        """Hands the gradients of the window to the optimizer and updates the parameters once.
+
+        Without any weight, the gradients are zero.
+
+        Raises:
+            RuntimeError: If a backward pass of the window failed.
+
+        """
+        self._check_intact()
+        self._optimizer.target.cleargrads()
+        correction = 1.0
+        if self._is_mean and self._expected_weight and self._weight:
+            correction = self._expected_weight / self._weight
+        for param, total in self._sums.take():
+            with device_of(total), numpy.errstate(over="ignore"):  # an overflow is for dynamic loss scaling to find
+                if correction != 1:
+                    total *= correction
+                param.grad = total.astype(param.dtype, copy=False)
+            param._loss_scale = self._loss_scale  # where Chainer's own backward pass records it for the update rule
+        self._optimizer.update()
+
+    def _backward(self, loss: chainer.Variable, weight: float) -> None:
+        self._check_intact()
+        if self._expected_weight is None:
+            self._expected_weight = weight
+        scale = weight / self._expected_weight if self._is_mean else 1.0
+        if self._loss_scale is not None:
+            scale *= float(self._loss_scale)
+        with device_of(loss.array):
+            loss.grad = loss.xp.full_like(loss.array, scale)
+        self._is_intact = False
+        with self._sums.adding():
+            loss.backward()
+        self._is_intact = True
+        self._weight += weight
+
+    def _check_intact(self) -> None:
+        if not self._is_intact:
+            raise RuntimeError("a backward pass of this window failed and left it half-done; begin a new window")
+
+
+def check_weight(weight: Any, name: str) -> float:
+    """Returns ``weight`` as a float.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is negative or not finite.
+
+    """
+    if not isinstance(weight, numbers.Real) and getattr(weight, "ndim", -1) != 0:
+        raise TypeError(f"{name} must be a number, got {weight!r}; give the number of examples, tokens or valid labels")
+    value = float(weight)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}; use 0 to leave a micro-batch out")
+    return value
+
+
+def _check_loss(loss: Any, weight: float) -> None:
+    if not isinstance(loss, chainer.Variable):
+        raise TypeError(
+            f"the loss function must return a chainer.Variable, got {type(loss).__name__}; "
+            "return the loss itself, not its array"
+        )
+    if loss.array is None or loss.array.size != 1:
+        shape = None if loss.array is None else loss.shape
+        raise ValueError(
+            f"the loss must be a scalar, got a Variable of shape {shape}; reduce it, for example with F.mean(loss)"
+        )
+    if weight > 0 and loss.creator_node is None and not isinstance(loss, chainer.Parameter):
+        raise ValueError(
+            f"the loss has no graph, got {loss.array!r} without a creator; compute it from the parameters and with "
+            "chainer.config.enable_backprop on, or give a micro-batch that has none the weight 0"
+        )

@@ -1,0 +1,118 @@
+"""What the tests share: small data, a small model, and one way to run an updater."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Iterator, List, NamedTuple
+
+import chainer_accum  # noqa: F401  (before chainer, which it makes importable)
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy
+import pytest
+from chainer.iterators import SerialIterator
+
+BOOKKEEPING = ("iteration", "epoch", "is_new_epoch", "epoch_detail", "previous_epoch_detail")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> Iterator[None]:
+    """Seeds NumPy, from which Chainer draws initial parameters, dropout masks and the order of examples."""
+    numpy.random.seed(0)
+    yield
+
+
+def make_dataset(size: int = 50, n_in: int = 5, n_out: int = 3, seed: int = 1) -> List[Any]:
+    """Returns ``size`` random examples of an input vector and a label."""
+    random = numpy.random.RandomState(seed)
+    inputs = random.standard_normal((size, n_in)).astype(numpy.float32)
+    return list(zip(inputs, random.randint(n_out, size=size).astype(numpy.int32)))
+
+
+def make_model(n_out: int = 3) -> L.Classifier:
+    """Returns a small classifier, the same at every call, whose first layer is initialised lazily."""
+    first, last = (chainer.initializers.LeCunNormal(rng=numpy.random.RandomState(seed)) for seed in (0, 1))
+    return L.Classifier(
+        chainer.Sequential(L.Linear(None, 8, initialW=first), F.relu, L.Linear(8, n_out, initialW=last))
+    )
+
+
+class Step(NamedTuple):
+    """What can be seen of a training run after an update."""
+
+    bookkeeping: Dict[str, Any]
+    observation: Dict[str, Any]
+
+
+def make_updater(updater_class: Any, iterator: Any, optimizer: Any, model: Any = None, **kwargs: Any) -> Any:
+    """Returns an updater that trains ``model``, or the default one, with ``optimizer``."""
+    optimizer.setup(make_model() if model is None else model)
+    return updater_class(iterator, optimizer, **kwargs)
+
+
+def run(updater: Any, updates: int) -> List[Step]:
+    """Runs ``updates`` updates as a Trainer would and returns what can be seen after each."""
+    optimizer = updater.get_optimizer("main")
+    reporter = chainer.Reporter()
+    reporter.add_observer("main", optimizer.target)
+    reporter.add_observers("main", optimizer.target.namedlinks(skipself=True))
+    steps = []
+    for _ in range(updates):
+        observation: Dict[str, Any] = {}
+        with reporter.scope(observation):
+            updater.update()
+        bookkeeping = {name: getattr(updater, name) for name in BOOKKEEPING}
+        bookkeeping["optimizer.epoch"] = optimizer.epoch
+        bookkeeping["optimizer.t"] = optimizer.t
+        steps.append(Step(bookkeeping, observation))
+    return steps
+
+
+def assert_same_parameters(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    """Asserts that two models have the same parameters and persistent values."""
+    expected_parameters = dict(expected.namedparams())
+    for name, param in actual.namedparams():
+        expected_array = expected_parameters.pop(name).array
+        if expected_array is None:
+            assert param.array is None, name
+        else:
+            numpy.testing.assert_allclose(param.array, expected_array, rtol=tolerance, atol=tolerance, err_msg=name)
+    assert not expected_parameters
+
+
+def assert_same_optimizer_state(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    """Asserts that the update rules of two optimizers have the same state, and the optimizers the same counters."""
+    assert (actual.t, actual.epoch) == (expected.t, expected.epoch)
+    expected_params = dict(expected.target.namedparams())
+    for name, param in actual.target.namedparams():
+        rule, expected_rule = param.update_rule, expected_params[name].update_rule
+        if rule is None:
+            assert expected_rule is None, name
+            continue
+        assert rule.t == expected_rule.t
+        assert (rule.state or {}).keys() == (expected_rule.state or {}).keys()
+        for key, value in (rule.state or {}).items():
+            numpy.testing.assert_allclose(
+                value, expected_rule.state[key], rtol=tolerance, atol=tolerance, err_msg=f"{name}/{key}"
+            )
+
+
+def assert_same_steps(actual: List[Step], expected: List[Step], tolerance: float = 1e-5) -> None:
+    """Asserts that two runs had the same bookkeeping and observations."""
+    assert [step.bookkeeping for step in actual] == [step.bookkeeping for step in expected]
+    for step, expected_step in zip(actual, expected):
+        assert step.observation.keys() == expected_step.observation.keys()
+        for key, value in step.observation.items():
+            assert type(value) is type(expected_step.observation[key]), key
+            numpy.testing.assert_allclose(
+                chainer.as_array(value),
+                chainer.as_array(expected_step.observation[key]),
+                rtol=tolerance,
+                atol=tolerance,
+                err_msg=key,
+            )
+
+
+def serial(dataset: Any, batch_size: int, **kwargs: Any) -> SerialIterator:
+    """Returns a SerialIterator that goes through the examples in order unless told otherwise."""
+    return SerialIterator(dataset, batch_size, **{"shuffle": False, **kwargs})

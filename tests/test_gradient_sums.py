@@ -1,0 +1,228 @@
+"""Gradients reach the sums whichever way they reach a parameter, and nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import chainer_accum  # noqa: F401
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy
+import pytest
+
+from chainer_accum import _blas
+from chainer_accum.gradient_sums import GradientSums
+
+
+def gradients_of(model, losses):
+    """Returns the sums of the gradients that Chainer itself makes."""
+    sums = {}
+    for loss in losses:
+        variable = loss(model)
+        model.cleargrads()
+        variable.backward()
+        for name, param in model.namedparams():
+            if param.grad is not None:
+                sums[name] = sums.get(name, 0) + param.grad.astype("d")
+    model.cleargrads()
+    return sums
+
+
+def sums_of(model, losses):
+    sums = GradientSums(model)
+    for loss in losses:
+        variable = loss(model)
+        model.cleargrads()
+        with sums.adding():
+            variable.backward()
+    return {name: sums.get(param) for name, param in model.namedparams() if sums.get(param) is not None}
+
+
+class Model(chainer.Chain):
+    """Reaches its parameters in every way there is."""
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.linear = L.Linear(200, 200)
+            self.conv = L.Convolution2D(1, 2, 3)
+            self.embed = L.EmbedID(5, 200)
+            self.scale = chainer.Parameter(numpy.array(0.5, "f"))
+            self.a = chainer.Parameter(numpy.ones((200, 200), "f"))
+            self.b = chainer.Parameter(numpy.ones((200, 200), "f"))
+            self.unused = chainer.Parameter(numpy.ones(3, "f"))
+
+
+random = numpy.random.RandomState(0)
+vectors = random.standard_normal((6, 200)).astype("f")
+images = random.standard_normal((3, 1, 6, 6)).astype("f")
+one = numpy.array(1.5, "f")
+
+
+class OldStyle(chainer.Function):
+    """A function of Chainer's first kind."""
+
+    def forward(self, inputs):
+        self.retain_inputs((0, 1))
+        return (inputs[0] * inputs[1],)
+
+    def backward(self, inputs, grad_outputs):
+        return grad_outputs[0] * inputs[1], numpy.array((grad_outputs[0] * inputs[0]).sum())
+
+
+class AllGradients(chainer.FunctionNode):
+    """A function that returns the gradients of all inputs, wanted or not."""
+
+    def forward(self, inputs):
+        self.retain_inputs((0, 1))
+        return (numpy.array(inputs[0] * inputs[1]),)
+
+    def backward(self, indexes, grad_outputs):
+        x, w = self.get_retained_inputs()
+        return grad_outputs[0] * w, grad_outputs[0] * x
+
+
+class InnerGradient(chainer.FunctionNode):
+    """A function whose backward pass asks for the gradient of a parameter in a graph of its own."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def forward(self, inputs):
+        self.retain_inputs((0,))
+        return (numpy.array(inputs[0].sum()),)
+
+    def backward(self, indexes, grad_outputs):
+        with chainer.force_backprop_mode():
+            inner = F.sum(self.model.linear(vectors) ** 2)
+            (grad,) = chainer.grad([inner], [self.model.linear.W])
+        return (grad_outputs[0] * grad.array,)
+
+
+LOSSES = {
+    "linear": lambda model: F.sum(model.linear(vectors) ** 2),
+    "one parameter used three times": lambda model: F.sum(model.linear(model.linear(model.linear(vectors))) ** 2),
+    "convolution": lambda model: F.sum(model.conv(images) ** 2),
+    "embedding": lambda model: F.sum(model.embed(numpy.array([0, 1, 1], "i")) ** 2),
+    "zero-dimensional parameter": lambda model: F.sum(vectors * F.broadcast_to(model.scale, vectors.shape)),
+    "gradients that are one array": lambda model: F.sum((model.a + model.b) ** 2),
+    "gradient that is read-only": lambda model: F.sum(model.a),
+    "gradient that is broadcast into a matrix product": lambda model: F.sum(F.linear(vectors, model.a)),
+    "two parameters in one function": lambda model: F.sum(model.a * model.b),
+    "weight that is computed": lambda model: F.sum(F.linear(vectors, model.a * 2) ** 2),
+    "input that is a parameter": lambda model: F.sum(F.linear(model.a, model.b) ** 2),
+    "forget": lambda model: F.sum(F.forget(lambda x: model.linear(x) * F.sum(model.a), vectors) ** 2),
+    "forget and not": lambda model: F.sum(F.forget(model.linear, vectors) + model.linear(vectors)),
+    "old-style function": lambda model: F.sum(OldStyle()(model.a, model.scale)),
+    "gradients of all inputs, wanted or not": lambda model: F.sum(AllGradients().apply((one, model.scale))[0]),
+    "gradient within a backward pass": lambda model: InnerGradient(model).apply((model.linear.W * 2,))[0],
+    "loss that is a parameter": lambda model: model.scale,
+    "matrix product over two batch axes": lambda model: F.sum(
+        model.linear(vectors.reshape(2, 3, 200), n_batch_axes=2) ** 2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+def test_the_sums_are_those_of_chainer(name, debug):
+    model = Model()
+    losses = [LOSSES[name], lambda model: LOSSES[name](model) * 3, LOSSES[name], LOSSES["linear"]]
+    with chainer.using_config("debug", debug):
+        expected = gradients_of(model, losses)
+        actual = sums_of(model, losses)
+    assert actual.keys() == expected.keys() >= {"/linear/W", "/linear/b"}
+    for key, grad in expected.items():
+        numpy.testing.assert_allclose(actual[key], grad, rtol=1e-5, atol=1e-5 * abs(grad).max(), err_msg=key)
+
+
+def test_a_large_matrix_product_is_added_as_it_is_computed(monkeypatch):
+    if _blas._gemm("f") is None:
+        pytest.skip("NumPy has not brought its own OpenBLAS here")
+    calls = []
+    monkeypatch.setattr(
+        "chainer_accum.gradient_sums.add_matrix_product",
+        lambda *args: calls.append(_blas.add_matrix_product(*args)) or calls[-1],
+    )
+    sums_of(Model(), [LOSSES["linear"]] * 3)
+    assert calls == [True, True]  # the first pass makes the sum
+
+
+def test_gradients_of_other_links_stay_where_chainer_puts_them():
+    model, other = Model(), L.Linear(200, 200)
+    other.cleargrads()
+    sums = GradientSums(model)
+    loss = F.sum(model.linear(other(vectors)))
+    model.cleargrads()
+    with sums.adding():
+        loss.backward()
+    expected = F.sum(model.linear(other(vectors)))
+    grad = other.W.grad
+    other.cleargrads()
+    expected.backward()
+    numpy.testing.assert_array_equal(grad, other.W.grad)
+    assert grad.any()
+
+
+def test_float16_gradients_are_added_in_float32():
+    param = chainer.Parameter(numpy.zeros(1, numpy.float16))
+    link = chainer.Link()
+    with link.init_scope():
+        link.param = param
+    sums = GradientSums(link)
+    one = numpy.ones(1, numpy.float16)
+    for _ in range(4096):
+        sums.add(param, one)
+    assert sums.get(param).dtype == numpy.float32
+    assert sums.get(param)[0] == 4096
+
+
+def test_a_gradient_is_never_written_to():
+    grads = []
+
+    class Spy(chainer.FunctionHook):
+        def backward_postprocess(self, function, in_data, out_grad):
+            grads.extend((grad, grad.copy()) for grad in out_grad if grad is not None)
+
+    model = Model()
+    with Spy():
+        sums_of(model, [LOSSES["gradients that are one array"]] * 3)
+    assert grads
+    for grad, copy in grads:
+        numpy.testing.assert_array_equal(grad, copy)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "after a failure"])
+def test_a_graph_is_gone_without_the_garbage_collector(fails):
+    class Failure(chainer.FunctionHook):
+        def backward_postprocess(self, function, in_data, out_grad):
+            if fails and function.label == "LinearFunction":
+                raise RuntimeError
+
+    model = Model()
+    loss = LOSSES["linear"](model)
+    model.cleargrads()
+    creator = weakref.ref(loss.creator_node.inputs[0].creator_node.inputs[0].creator_node)
+    assert creator().label == "LinearFunction"
+    gc.disable()
+    try:
+        with Failure(), GradientSums(model).adding():
+            loss.backward()
+    except RuntimeError:
+        pass
+    finally:
+        gc.enable()
+    assert "backward" not in vars(creator())
+    del loss
+    assert fails or creator() is None
+
+
+def test_hooks_of_the_user_run_as_before():
+    timer = chainer.function_hooks.TimerHook()
+    model = Model()
+    with timer:
+        sums_of(model, [LOSSES["linear"]])
+    assert {"LinearFunction", "PowVarConst", "Sum"} <= {name for name, _ in timer.call_history}
+    assert not chainer.get_function_hooks()

@@ -1,0 +1,398 @@
+"""AccumulatingUpdater takes StandardUpdater's place, keeps one graph at a time, and fails without a trace."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+
+import chainer_accum  # noqa: F401
+import chainer
+import chainer.functions as F
+import numpy
+import pytest
+from chainer import optimizers
+from chainer.training.updaters import StandardUpdater
+from conftest import (
+    BOOKKEEPING,
+    assert_same_optimizer_state,
+    assert_same_parameters,
+    assert_same_steps,
+    make_dataset,
+    make_model,
+    make_updater,
+    run,
+    serial,
+)
+
+from chainer_accum import AccumulatingUpdater
+
+
+def make_arguments():
+    return serial(make_dataset(), 6), optimizers.MomentumSGD(0.1).setup(make_model())
+
+
+def test_arguments_of_standard_updater_keep_their_places():
+    standard = inspect.signature(StandardUpdater.__init__).parameters
+    accumulating = inspect.signature(AccumulatingUpdater.__init__).parameters
+    positional = [name for name, parameter in standard.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    assert list(accumulating)[: len(positional)] == positional
+    for name in positional:
+        assert accumulating[name].default == standard[name].default
+    for name in set(accumulating) - set(positional) - {"unknown"}:
+        assert accumulating[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_without_accumulation_it_is_standard_updater():
+    results = []
+    for updater_class in (StandardUpdater, AccumulatingUpdater):
+        updater = make_updater(updater_class, serial(make_dataset(), 6), optimizers.Adam())
+        results.append((updater.get_optimizer("main"), run(updater, 12)))
+    (expected, expected_steps), (actual, steps) = results
+    assert_same_parameters(actual.target, expected.target, 0)
+    assert_same_optimizer_state(actual, expected, 0)
+    assert_same_steps(steps, expected_steps, 0)
+
+
+def test_a_batch_that_fits_into_one_micro_batch_is_not_changed_in_any_bit():
+    results = []
+    for updater_class, kwargs in ((StandardUpdater, {}), (AccumulatingUpdater, {"micro_batch_size": 6})):
+        updater = make_updater(updater_class, serial(make_dataset(), 6), optimizers.Adam(), **kwargs)
+        results.append((updater.get_optimizer("main"), run(updater, 12)))
+    (expected, expected_steps), (actual, steps) = results
+    assert_same_parameters(actual.target, expected.target, 0)
+    assert_same_steps(steps, expected_steps, 0)
+
+
+def test_new_epoch_is_left_to_the_user_if_asked():
+    updater = make_updater(
+        AccumulatingUpdater, serial(make_dataset(8), 4), optimizers.SGD(), accumulation_steps=2, auto_new_epoch=False
+    )
+    run(updater, 3)
+    assert updater.epoch == 3
+    assert updater.get_optimizer("main").epoch == 0
+    assert not updater.get_optimizer("main").use_auto_new_epoch
+
+
+def test_input_goes_to_the_input_device():
+    devices = []
+
+    @chainer.dataset.converter()
+    def convert(batch, device):
+        devices.append(device)
+        return chainer.dataset.concat_examples(batch, device)
+
+    iterator, optimizer = make_arguments()
+    updater = AccumulatingUpdater(iterator, optimizer, convert, input_device="@numpy", accumulation_steps=2)
+    run(updater, 1)
+    assert updater.device is None
+    assert devices == [chainer.get_device("@numpy")] * 2
+
+
+class Watched(chainer.Chain):
+    """A model that counts the graphs and the inputs that are alive as a forward pass begins."""
+
+    def __init__(self):
+        super().__init__(classifier=make_model())
+        self.inputs, self.creators = [], []
+        self.alive = []
+
+    def forward(self, x, t):
+        self.alive.append(
+            (sum(ref() is not None for ref in self.inputs), sum(ref() is not None for ref in self.creators))
+        )
+        loss = F.softmax_cross_entropy(self.classifier.predictor(x), t)
+        chainer.report({"loss": loss}, self)
+        self.creators.append(weakref.ref(loss.creator_node))
+        return loss
+
+
+@pytest.mark.parametrize("keep_graph_on_report", [False, True])
+@pytest.mark.parametrize(
+    "kwargs", [{"accumulation_steps": 4}, {"micro_batch_size": 2}, {"accumulation_steps": 2, "micro_batch_size": 3}]
+)
+def test_one_graph_and_one_converted_micro_batch_are_alive_at_a_time(kwargs, keep_graph_on_report):
+    model = Watched()
+    converted = []
+
+    def convert(batch, device):
+        assert sum(ref() is not None for ref in model.inputs) == 0
+        converted.append(len(batch))
+        x, t = chainer.dataset.concat_examples(batch, device)
+        model.inputs.append(weakref.ref(x))
+        return x, t
+
+    updater = make_updater(
+        AccumulatingUpdater, serial(make_dataset(), 6), optimizers.SGD(), model, converter=convert, **kwargs
+    )
+    with chainer.using_config("keep_graph_on_report", keep_graph_on_report):
+        for _ in range(3):
+            run(updater, 1)  # which drops the observation, as the Trainer does
+    assert len(model.alive) == len(converted) >= 9
+    assert set(model.alive) == {(1, 0)}
+
+
+STAGES = ("iterator", "converter", "forward", "loss", "backward", "weight")
+
+
+class Fragile:
+    """Raises once, at a given stage of the third micro-batch it sees."""
+
+    def __init__(self, stage):
+        self.stage = stage
+        self.calls = 0
+        self.armed = False
+
+    def __call__(self, stage):
+        if self.armed and stage == self.stage:
+            self.calls += 1
+            if self.calls == 3:
+                raise ConnectionError(stage)
+
+
+class FragileBackward(chainer.FunctionNode):
+    def __init__(self, fragile):
+        self.fragile = fragile
+
+    def forward(self, inputs):
+        return inputs
+
+    def backward(self, indexes, grad_outputs):
+        self.fragile("backward")
+        return grad_outputs
+
+
+def make_fragile_updater(fragile, updater_class=AccumulatingUpdater, batch_size=6, **kwargs):
+    model = make_model()
+
+    class Dataset(chainer.dataset.DatasetMixin):
+        examples = make_dataset(60)
+
+        def __len__(self):
+            return len(self.examples)
+
+        def get_example(self, i):
+            if i % 6 == 0:
+                fragile("iterator")
+            return self.examples[i]
+
+    def convert(batch, device):
+        fragile("converter")
+        return chainer.dataset.concat_examples(batch, device)
+
+    def loss_func(x, t):
+        h = model.predictor[0](x)
+        (h,) = FragileBackward(fragile).apply((h,))
+        chainer.report({"seen": len(x)}, model)
+        fragile("forward")
+        loss = F.softmax_cross_entropy(model.predictor[2](F.relu(h)), t)
+        chainer.report({"loss": loss}, model)
+        try:
+            fragile("loss")
+        except ConnectionError:
+            return loss.array
+        return loss
+
+    def weight_func(batch):
+        try:
+            fragile("weight")
+        except ConnectionError:
+            return float("nan")
+        return len(batch)
+
+    if updater_class is AccumulatingUpdater:
+        kwargs["weight_func"] = weight_func
+    optimizer = optimizers.MomentumSGD(0.1)
+    return make_updater(
+        updater_class, serial(Dataset(), batch_size), optimizer, model, converter=convert, loss_func=loss_func, **kwargs
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("batch_size, kwargs", [(6, {"accumulation_steps": 4}), (24, {"micro_batch_size": 6})])
+def test_an_exception_leaves_everything_as_it_was_and_the_next_update_is_right(stage, batch_size, kwargs):
+    fragile = Fragile(stage)
+    updater = make_fragile_updater(fragile, batch_size=batch_size, **kwargs)
+    optimizer = updater.get_optimizer("main")
+    reference = make_fragile_updater(Fragile(None), StandardUpdater, batch_size=24)
+    run(updater, 1)
+    run(reference, 1)
+    before = {name: getattr(updater, name) for name in ("iteration", "previous_epoch_detail", "is_new_epoch")}
+    fragile.armed = True
+    observation = {"outer": 1}
+    reporter = chainer.Reporter()
+    reporter.add_observer("main", optimizer.target)
+    with pytest.raises((ConnectionError, TypeError, ValueError)), reporter.scope(observation):
+        updater.update()
+    assert fragile.calls == 3
+    assert observation == {"outer": 1}
+    assert {name: getattr(updater, name) for name in before} == before
+    assert_same_parameters(optimizer.target, reference.get_optimizer("main").target)
+    assert_same_optimizer_state(optimizer, reference.get_optimizer("main"))
+    # The next window holds the examples that follow those that were read.
+    reference.get_iterator("main")._state = updater.get_iterator("main")._state
+    run(updater, 2)
+    run(reference, 2)
+    assert_same_parameters(optimizer.target, reference.get_optimizer("main").target)
+    assert_same_optimizer_state(optimizer, reference.get_optimizer("main"))
+
+
+def test_a_hook_that_raises_leaves_parameters_and_reporter_as_they_were():
+    def fail(optimizer):
+        chainer.report({"hook": 1})
+        raise ConnectionError
+
+    updater = make_updater(AccumulatingUpdater, serial(make_dataset(), 6), optimizers.SGD(), accumulation_steps=2)
+    run(updater, 1)
+    optimizer = updater.get_optimizer("main")
+    before = optimizer.target.copy(mode="copy")
+    optimizer.add_hook(fail, "fail")
+    observation = {}
+    reporter = chainer.Reporter()
+    reporter.add_observer("main", optimizer.target)
+    reporter.add_observers("main", optimizer.target.namedlinks(skipself=True))
+    with pytest.raises(ConnectionError), reporter.scope(observation):
+        updater.update()
+    assert observation == {}
+    assert (updater.iteration, optimizer.t) == (1, 1)
+    assert_same_parameters(optimizer.target, before, 0)
+
+
+def test_what_a_hook_reports_is_observed():
+    updater = make_updater(AccumulatingUpdater, serial(make_dataset(), 6), optimizers.SGD(), accumulation_steps=2)
+    updater.get_optimizer("main").add_hook(lambda optimizer: chainer.report({"t": optimizer.t}), "report")
+    assert [step.observation["t"] for step in run(updater, 3)] == [0, 1, 2]
+
+
+def test_it_runs_without_a_reporter():
+    updater = make_updater(AccumulatingUpdater, serial(make_dataset(), 6), optimizers.SGD(), accumulation_steps=2)
+    updater.update()
+    assert updater.iteration == 1
+
+
+def test_bookkeeping_before_the_first_update_is_that_of_the_iterator():
+    updater = make_updater(AccumulatingUpdater, serial(make_dataset(), 6), optimizers.SGD(), accumulation_steps=2)
+    standard = make_updater(StandardUpdater, serial(make_dataset(), 12), optimizers.SGD())
+    for name in BOOKKEEPING:
+        assert getattr(updater, name) == getattr(standard, name)
+
+
+@pytest.mark.parametrize("name", ["accumulation_steps", "micro_batch_size"])
+@pytest.mark.parametrize(
+    "value, error",
+    [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError), ("4", TypeError), ([], TypeError)],
+)
+def test_a_size_that_is_no_positive_int_is_refused(name, value, error):
+    with pytest.raises(error, match=rf"{name} must be a positive int, got .*; use (1|None) to"):
+        AccumulatingUpdater(*make_arguments(), **{name: value})
+
+
+def test_accumulation_steps_must_be_given_as_a_number():
+    with pytest.raises(TypeError, match="accumulation_steps must be a positive int, got None; use 1 to disable"):
+        AccumulatingUpdater(*make_arguments(), accumulation_steps=None)
+
+
+def test_a_numpy_integer_is_a_size():
+    updater = AccumulatingUpdater(*make_arguments(), accumulation_steps=numpy.int64(3), micro_batch_size=numpy.int32(2))
+    assert (updater.accumulation_steps, updater.micro_batch_size) == (3, 2)
+
+
+BAD_ARGUMENTS = {
+    "an int in the place of the converter": (
+        lambda it, opt: AccumulatingUpdater(it, opt, 4),
+        TypeError,
+        "converter must be callable, got 4; to accumulate, pass accumulation_steps=4",
+    ),
+    "a misspelled keyword": (
+        lambda it, opt: AccumulatingUpdater(it, opt, accum_steps=4),
+        TypeError,
+        r"accum_steps is not an argument of AccumulatingUpdater, got accum_steps=4; did you mean accumulation_steps\?",
+    ),
+    "an unknown keyword": (
+        lambda it, opt: AccumulatingUpdater(it, opt, zzz=4),
+        TypeError,
+        "zzz is not an argument of AccumulatingUpdater, got zzz=4; known are iterator, optimizer,",
+    ),
+    "an optimizer without setup": (
+        lambda it, opt: AccumulatingUpdater(it, optimizers.SGD(), device="@numpy"),
+        ValueError,
+        r"optimizer must be set up with a model, got SGD .*; call optimizer.setup\(model\) first",
+    ),
+    "a second optimizer without setup": (
+        lambda it, opt: AccumulatingUpdater(it, {"main": opt, "other": optimizers.Adam()}),
+        ValueError,
+        "got Adam under the name 'other'",
+    ),
+    "optimizers without a main one": (
+        lambda it, opt: AccumulatingUpdater(it, {"generator": opt}),
+        ValueError,
+        r"optimizer must have the key 'main', got the keys \['generator'\]",
+    ),
+    "iterators without a main one": (
+        lambda it, opt: AccumulatingUpdater({"train": it}, opt),
+        ValueError,
+        r"iterator must have the key 'main', got the keys \['train'\]",
+    ),
+    "a dataset in the place of the iterator": (
+        lambda it, opt: AccumulatingUpdater([1, 2], opt),
+        TypeError,
+        r"iterator must be an iterator or a dict of them, got \[1, 2\]",
+    ),
+    "a model in the place of the optimizer": (
+        lambda it, opt: AccumulatingUpdater(it, make_model()),
+        TypeError,
+        "optimizer must be an optimizer or a dict of them, got ",
+    ),
+    "a loss function that is none": (
+        lambda it, opt: AccumulatingUpdater(it, opt, loss_func="mse"),
+        TypeError,
+        "loss_func must be callable, got 'mse'; pass a function",
+    ),
+    "a weight for weight_func": (
+        lambda it, opt: AccumulatingUpdater(it, opt, weight_func=0.5),
+        TypeError,
+        "weight_func must be callable, got 0.5",
+    ),
+    "an unknown reduction": (
+        lambda it, opt: AccumulatingUpdater(it, opt, loss_reduction="max"),
+        ValueError,
+        "loss_reduction must be one of 'mean', 'sum', got 'max'",
+    ),
+    "an unknown boundary": (
+        lambda it, opt: AccumulatingUpdater(it, opt, epoch_boundary=None),
+        ValueError,
+        "epoch_boundary must be one of 'carry', 'flush', got None",
+    ),
+    "an unknown rule": (
+        lambda it, opt: AccumulatingUpdater(it, opt, observation_rules={"main/loss": "max"}),
+        ValueError,
+        r"observation_rules\['main/loss'\] must be one of 'mean', 'sum', 'last', got 'max'",
+    ),
+    "rules that are no dict": (
+        lambda it, opt: AccumulatingUpdater(it, opt, observation_rules="sum"),
+        TypeError,
+        "observation_rules must be a dict, got 'sum'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD_ARGUMENTS))
+def test_a_bad_argument_is_refused(name):
+    make, error, message = BAD_ARGUMENTS[name]
+    with pytest.raises(error, match=message):
+        make(*make_arguments())
+
+
+@pytest.mark.parametrize("kwargs", [{"accumulation_steps": 2}, {"micro_batch_size": 2}])
+def test_an_empty_batch_is_refused(kwargs):
+    class Empty(chainer.dataset.Iterator):
+        epoch = 0
+        epoch_detail = 0.0
+        is_new_epoch = False
+
+        def __next__(self):
+            return []
+
+    updater = make_updater(AccumulatingUpdater, Empty(), optimizers.SGD(), **kwargs)
+    with pytest.raises(ValueError, match=r"the iterator returned an empty batch, got \[\]; check the dataset"):
+        updater.update()
+    assert updater.iteration == 0
