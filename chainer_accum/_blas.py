@@ -33,10 +33,10 @@ def add_matrix_product(total: Any, a: Any, b: Any) -> bool:
         bool: Whether it was done. If not, ``total`` is as before.
 
     """
+    if total.size < _SMALLEST_SUM or len(a) == 0 or not total.dtype == a.dtype == b.dtype:
+        return False
     arrays = (total, a, b)
     if not all(isinstance(array, numpy.ndarray) and array.flags.c_contiguous for array in arrays):
-        return False
-    if total.size < _SMALLEST_SUM or len(a) == 0 or not total.dtype == a.dtype == b.dtype:
         return False
     gemm = _gemm(total.dtype.char)
     if gemm is None:

@@ -19,4 +19,5 @@ def device_of(array: Any) -> ContextManager[Any]:
     """
     if isinstance(array, (numpy.ndarray, numpy.generic)):
         return _HOST
-    return chainer.using_device(chainer.backend.get_device_from_array(array))
+    device: ContextManager[Any] = chainer.using_device(chainer.backend.get_device_from_array(array))
+    return device

@@ -1,10 +1,10 @@
 """The sums of a window's gradients, each added to where a gradient is born.
 
-Chainer would add up gradients in ``param.grad`` by itself: with a graph node, a new array and a rounding in the dtype of
-the parameter for each parameter and pass. To add up the finished gradients of each pass needs no node, but a second set
-of gradients, and reads and writes all of them once more. A gradient is cheapest to add while it is made: it is still in
-the cache, and gone before the next one is made. And the gradient of a matrix product need not be made at all, for a
-matrix product can be added to a sum as it is computed.
+Chainer would add up gradients in ``param.grad`` by itself: with a graph node, a new array and a rounding in the dtype
+of the parameter, for each parameter and pass. To add up the finished gradients of each pass needs no node, but a second
+set of gradients, and reads and writes all of them once more. A gradient is cheapest to add as it is made: it is still
+in the cache, and gone before the next one is made. And the gradient of a matrix product need not be made at all, for a
+matrix product can be added to a sum while it is computed.
 
 So this module steps between Chainer's backward pass and the functions that have a parameter as an input: it adds the
 gradients that they return to the sums and returns none of them. What reaches ``param.grad`` by another way, such as
@@ -41,19 +41,22 @@ class GradientSums:
     def adding(self) -> Iterator[None]:
         """Returns a context in which gradients are added to the sums as ``backward()`` makes them.
 
-        The gradients of the link must be cleared. If the context raises, the sums are of no use any more.
+        Gradients from before are cleared. If the context raises, the sums are of no use any more.
 
         """
+        params = list(self._target.params())
+        for param in params:
+            param.cleargrad()
         if chainer.is_debug():  # so that the checks of the debug mode see each gradient
             yield
         else:
-            hook = _AddWhereBorn(self, {param.node: param for param in self._target.params()})
+            hook = _AddWhereBorn(self, {param.node: param for param in params})
             try:
                 with hook:
                     yield
             finally:
                 hook.restore()
-        for param in self._target.params():
+        for param in params:
             grad = param.grad
             if grad is not None:
                 self.add(param, grad)

@@ -26,8 +26,8 @@ class MicroBatch(NamedTuple):
 class MicroBatches:
     """The micro-batches of one window, read from the iterator as they are asked for.
 
-    The first iterator batch is read at once, the others during the iteration, each when those before it are used up. The
-    window ends after ``accumulation_steps`` iterator batches, at the end of the data, or with the epoch if
+    The first iterator batch is read at once, the others during the iteration, each when those before it are used up.
+    The window ends after ``accumulation_steps`` iterator batches, at the end of the data, or with the epoch if
     ``epoch_boundary`` is ``'flush'``.
 
     Args:

@@ -119,7 +119,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _is_zero(weight: Any) -> bool:
-    return isinstance(weight, numbers.Number) and weight == 0  # a weight on a device is not waited for
+    return isinstance(weight, (int, float)) and weight == 0  # a weight on a device is not waited for
 
 
 def _has_weight(reported: Any) -> bool:

@@ -18,13 +18,7 @@ from chainer_accum.window import LOSS_REDUCTIONS, Window
 
 
 class AccumulatingUpdater(StandardUpdater):
-    """AccumulatingUpdater(\
-iterator, optimizer, converter=convert.concat_examples, device=None, \
-loss_func=None, loss_scale=None, auto_new_epoch=True, *, input_device=None, \
-accumulation_steps=1, micro_batch_size=None, weight_func=None, \
-loss_reduction='mean', epoch_boundary='carry', observation_rules=None)
-
-    :class:`~chainer.training.updaters.StandardUpdater` with gradient accumulation.
+    """:class:`~chainer.training.updaters.StandardUpdater` with gradient accumulation.
 
     One :meth:`update` makes the step that ``StandardUpdater`` would make with the whole effective batch, but keeps the
     graph of one micro-batch at a time. One update is one ``optimizer.update()`` and one ``iteration``; hooks, triggers,
@@ -247,8 +241,8 @@ def _check_set_up(optimizers: Dict[str, Any]) -> None:
     for name, optimizer in optimizers.items():
         if getattr(optimizer, "target", None) is None:
             raise ValueError(
-                f"optimizer must be set up with a model, got {type(optimizer).__name__} under the name {name!r} without "
-                "one; call optimizer.setup(model) first"
+                f"optimizer must be set up with a model, got {type(optimizer).__name__} under the name {name!r} "
+                "without one; call optimizer.setup(model) first"
             )
 
 

@@ -1,8 +1,8 @@
 """The window: weighted backward passes, then one ``optimizer.update()``.
 
-Each pass is what :meth:`chainer.GradientMethod.update` does with a loss function, but for two things: its gradients go to
-sums of the window's own, and the optimizer waits. Until :meth:`Window.update`, neither a parameter nor the optimizer has
-changed, so a window that fails is one that is dropped.
+Each pass is what :meth:`chainer.GradientMethod.update` does with a loss function, but for two things: its gradients go
+to sums of the window's own, and the optimizer waits. Until :meth:`Window.update`, neither a parameter nor the optimizer
+has changed, so a window that fails is one that is dropped.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LOSS_REDUCTIONS = ("mean", "sum")
 
 
 class Window:
-    """Sums the gradients of several losses and updates the parameters with them once.
+    r"""Sums the gradients of several losses and updates the parameters with them once.
 
     With losses that are means (the default), the gradient that reaches the optimizer is
-    :math:`\\sum_i w_i g_i / \\sum_i w_i`, where :math:`g_i` is the gradient of the :math:`i`-th loss and :math:`w_i` its
-    weight: the gradient of the mean over all examples of the window, if each weight is the number of examples behind the
-    loss. With losses that are sums, it is :math:`\\sum_i g_i`.
+    :math:`\sum_i w_i g_i / \sum_i w_i`, where :math:`g_i` is the gradient of the :math:`i`-th loss and :math:`w_i`
+    its weight: the gradient of the mean over all examples of the window, if each weight is the number of examples
+    behind the loss. With losses that are sums, it is :math:`\sum_i g_i`.
 
     The weights reach the gradients through the initial gradient of each loss, as the loss scale does, so no node is
     added to a graph and every intermediate value is as large as it would be with the whole window as one batch.
@@ -55,8 +55,9 @@ class Window:
         Nothing is kept of the pass but its gradients.
 
         Args:
-            lossfun (callable): Loss function, called with ``args`` and ``kwargs``. It returns a scalar
-                :class:`~chainer.Variable`.
+            lossfun (callable): Loss function. It returns a scalar :class:`~chainer.Variable`.
+            *args: Arguments for the loss function.
+            **kwargs: Keyword arguments for the loss function.
             weight (float): What this loss counts for, zero or more. With zero, the backward pass is left out.
 
         Raises:
@@ -66,9 +67,6 @@ class Window:
         """
         weight = check_weight(weight, "weight")
         loss = lossfun(*args, **kwargs)
-        # Now, not before the forward pass: that is where lazy parameters are born, with NaN for a gradient, and where a
-        # loss function may run a backward pass of its own.
-        self._optimizer.target.cleargrads()
         _check_loss(loss, weight)
         if weight > 0:
             self._backward(loss, weight)
@@ -105,6 +103,8 @@ class Window:
         with device_of(loss.array):
             loss.grad = loss.xp.full_like(loss.array, scale)
         self._is_intact = False
+        # This clears what is left of gradients, and not before the forward pass: that is where lazy parameters are born,
+        # with NaN for a gradient, and where a loss function may run a backward pass of its own.
         with self._sums.adding():
             loss.backward()
         self._is_intact = True

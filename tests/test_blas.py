@@ -5,10 +5,9 @@ from __future__ import annotations
 import chainer_accum  # noqa: F401
 import numpy
 import pytest
+from chainer_accum import _blas
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from chainer_accum import _blas
 
 has_library = pytest.mark.skipif(_blas._gemm("f") is None, reason="NumPy has not brought its own OpenBLAS here")
 

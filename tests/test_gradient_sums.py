@@ -11,7 +11,6 @@ import chainer.functions as F
 import chainer.links as L
 import numpy
 import pytest
-
 from chainer_accum import _blas
 from chainer_accum.gradient_sums import GradientSums
 
@@ -34,7 +33,6 @@ def sums_of(model, losses):
     sums = GradientSums(model)
     for loss in losses:
         variable = loss(model)
-        model.cleargrads()
         with sums.adding():
             variable.backward()
     return {name: sums.get(param) for name, param in model.namedparams() if sums.get(param) is not None}

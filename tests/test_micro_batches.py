@@ -5,11 +5,11 @@ from __future__ import annotations
 import chainer_accum  # noqa: F401
 import numpy
 import pytest
-from conftest import serial
+from chainer_accum.micro_batches import MicroBatches
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainer_accum.micro_batches import MicroBatches
+from conftest import serial
 
 
 @given(

@@ -7,10 +7,9 @@ import chainer
 import chainer.functions as F
 import numpy
 import pytest
+from chainer_accum.observations import Observations
 from hypothesis import given
 from hypothesis import strategies as st
-
-from chainer_accum.observations import Observations
 
 
 def merge(reports, rules=None, weights=None):

@@ -12,8 +12,12 @@ import chainer.functions as F
 import chainer.links as L
 import numpy
 import pytest
+from chainer_accum import AccumulatingUpdater
 from chainer import optimizers
 from chainer.training.updaters import StandardUpdater
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from conftest import (
     assert_same_optimizer_state,
     assert_same_parameters,
@@ -24,10 +28,6 @@ from conftest import (
     run,
     serial,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from chainer_accum import AccumulatingUpdater
 
 BATCH = 24
 WAYS = {

@@ -10,8 +10,10 @@ import chainer
 import chainer.functions as F
 import numpy
 import pytest
+from chainer_accum import AccumulatingUpdater
 from chainer import optimizers
 from chainer.training.updaters import StandardUpdater
+
 from conftest import (
     BOOKKEEPING,
     assert_same_optimizer_state,
@@ -23,8 +25,6 @@ from conftest import (
     run,
     serial,
 )
-
-from chainer_accum import AccumulatingUpdater
 
 
 def make_arguments():

@@ -1,0 +1,67 @@
+"""Does the memory of an update stay that of one micro-batch, however many there are?
+
+The peak of the bytes that NumPy and Python allocate during training updates (``tracemalloc``), with model, optimizer
+state and gradients, without the data set: for AccumulatingUpdater with k micro-batches, over StandardUpdater with a
+batch of the size of one micro-batch, which is the least there can be. To see what is saved, the last column has
+StandardUpdater with the whole effective batch over the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tracemalloc
+from typing import Any, Type
+
+import chainer_accum
+import chainer
+from chainer.training.updaters import StandardUpdater
+from workloads import WORKLOADS, Workload, describe_machine
+
+STEPS = (1, 4, 16, 64)
+UPDATES = 3
+
+
+def peak(workload: Workload, optimizer_class: Any, updater_class: Type[Any], batch_size: int, **kwargs: Any) -> int:
+    """Returns the largest number of bytes that were allocated at a time."""
+    dataset = workload.make_dataset(max(STEPS) * workload.micro_batch_size)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        optimizer = optimizer_class().setup(workload.make_model())
+        iterator = chainer.iterators.SerialIterator(dataset, batch_size, shuffle=False)
+        updater = updater_class(iterator, optimizer, **kwargs)
+        for _ in range(UPDATES):
+            updater.update()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def main() -> None:
+    print(f"# Peak memory of an update by k\n\n{__doc__.split(chr(10), 2)[2].strip()}\n")
+    print(f"Machine: {describe_machine()}. The peak of {UPDATES} updates, the first included.\n")
+    ks = " | ".join(f"k = {k}" for k in STEPS)
+    print(f"| network | micro-batch | optimizer | StandardUpdater | {ks} | whole batch, k = {STEPS[-1]} |")
+    print("| --- " * (5 + len(STEPS)) + "|")
+    for workload in WORKLOADS:
+        size = workload.micro_batch_size
+        for optimizer_class in (chainer.optimizers.SGD, chainer.optimizers.Adam):
+            peak(workload, optimizer_class, StandardUpdater, size)  # what is imported and cached at the first update
+            floor = peak(workload, optimizer_class, StandardUpdater, size)
+            peaks = [
+                peak(workload, optimizer_class, chainer_accum.AccumulatingUpdater, size, accumulation_steps=k)
+                for k in STEPS
+            ]
+            peaks.append(peak(workload, optimizer_class, StandardUpdater, size * STEPS[-1]))
+            ratios = " | ".join(f"{bytes_ / floor:.3f}" for bytes_ in peaks)
+            print(
+                f"| {workload.name} | {size} | {optimizer_class.__name__} | {floor / 1e6:.1f} MB | {ratios} |",
+                flush=True,
+            )
+    print("\nMade by `make bench`: `python benchmarks/memory.py`.")
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    main()

@@ -1,0 +1,100 @@
+"""What does a window cost over the bare passes it is made of?
+
+The floor is k bare forward/backward passes, iterator and converter included, and one ``optimizer.update()``: the least
+that any accumulation does that makes each gradient and then drops it. Against it run, in turns, an update of
+AccumulatingUpdater, and accumulation as it is written by hand: ``loss / k``, and Chainer adds to ``param.grad``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Callable, Dict, List
+
+import chainer_accum
+import chainer
+from workloads import WORKLOADS, Workload, describe_machine
+
+FLOOR, WINDOW, BY_HAND = "floor", "AccumulatingUpdater", "by hand"
+
+
+def make_contestants(workload: Workload, k: int) -> Dict[str, Callable[[], None]]:
+    """Returns what is timed: each with a model, an optimizer and an iterator of its own."""
+
+    def set_up():
+        optimizer = chainer.optimizers.SGD().setup(workload.make_model())
+        chainer.get_current_reporter().add_observer("main", optimizer.target)
+        dataset = workload.make_dataset(k * workload.micro_batch_size)
+        return optimizer, chainer.iterators.SerialIterator(dataset, workload.micro_batch_size, shuffle=False)
+
+    def make_floor():
+        optimizer, iterator = set_up()
+
+        def floor():
+            for _ in range(k):
+                loss = optimizer.target(*chainer.dataset.concat_examples(iterator.next()))
+                optimizer.target.cleargrads()
+                loss.backward()
+            optimizer.update()
+
+        return floor
+
+    def make_by_hand():
+        optimizer, iterator = set_up()
+
+        def by_hand():
+            optimizer.target.cleargrads()
+            for _ in range(k):
+                loss = optimizer.target(*chainer.dataset.concat_examples(iterator.next())) / k
+                loss.backward()
+            optimizer.update()
+
+        return by_hand
+
+    optimizer, iterator = set_up()
+    updater = chainer_accum.AccumulatingUpdater(iterator, optimizer, accumulation_steps=k)
+    return {FLOOR: make_floor(), WINDOW: updater.update, BY_HAND: make_by_hand()}
+
+
+def measure(contestants: Dict[str, Callable[[], None]], rounds: int) -> Dict[str, List[float]]:
+    """Returns the seconds of each run; in each round, all run once, in an order that rotates."""
+    names = list(contestants)
+    seconds: Dict[str, List[float]] = {name: [] for name in names}
+    for contestant in contestants.values():
+        contestant()
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            contestants[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=100, help="how often each runs")
+    parser.add_argument("--accumulation-steps", "-k", type=int, default=16)
+    args = parser.parse_args()
+    k = args.accumulation_steps
+    print(f"# Time of a window over its floor\n\n{__doc__.split(chr(10), 2)[2].strip()}\n")
+    print(f"Machine: {describe_machine()}.")
+    print(f"k = {k}, SGD, median of {args.rounds} rounds, the ratios round by round, with quartiles.\n")
+    print("| network | micro-batch | floor | AccumulatingUpdater / floor | by hand / floor |")
+    print("| --- | --- | --- | --- | --- |")
+    for workload in WORKLOADS:
+        seconds = measure(make_contestants(workload, k), args.rounds)
+        cells = []
+        for name in (WINDOW, BY_HAND):
+            ratios = [time / floor for time, floor in zip(seconds[name], seconds[FLOOR])]
+            low, median, high = statistics.quantiles(ratios, n=4)
+            cells.append(f"{median:.3f} ({low:.3f}–{high:.3f})")
+        floor = statistics.median(seconds[FLOOR]) * 1e3
+        print(f"| {workload.name} | {workload.micro_batch_size} | {floor:.1f} ms | {' | '.join(cells)} |", flush=True)
+    print(f"\nMade by `make bench`: `python benchmarks/overhead.py --rounds {args.rounds} -k {k}`.")
+
+
+if __name__ == "__main__":
+    with chainer.Reporter().scope({}):  # as in a Trainer, models report to somebody
+        main()
