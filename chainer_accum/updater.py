@@ -181,7 +181,8 @@ class AccumulatingUpdater(StandardUpdater):
 
         """
         super().serialize(serializer)
-        previous_epoch_detail, is_new_epoch = self._last_window or (-1.0, False)
+        is_saving = isinstance(serializer, chainer.Serializer)
+        previous_epoch_detail, is_new_epoch = (is_saving and self._last_window) or (-1.0, False)
         try:
             previous_epoch_detail = serializer("previous_epoch_detail", previous_epoch_detail)
             is_new_epoch = serializer("is_new_epoch", is_new_epoch)

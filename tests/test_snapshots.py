@@ -1,0 +1,207 @@
+"""Snapshots load both ways between StandardUpdater and AccumulatingUpdater, and resumed runs go on as they were."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, Dict, List, NamedTuple
+
+import chainer
+import numpy
+import pytest
+from chainer_accum import AccumulatingUpdater
+from chainer.iterators import SerialIterator
+from chainer.training import Trainer, extensions
+from chainer.training.updaters import StandardUpdater
+
+from conftest import (
+    BOOKKEEPING,
+    assert_same_optimizer_state,
+    assert_same_parameters,
+    make_dataset,
+    make_updater,
+)
+
+EFFECTIVE_BATCH = 14
+LAST_ITERATION = 9
+# What of the bookkeeping StandardUpdater can know of a window that was gathered: the rest, its iterator overwrote.
+KNOWN_TO_ALL = ("iteration", "epoch", "epoch_detail", "optimizer.t", "optimizer.epoch")
+
+
+class Moment(NamedTuple):
+    """When to take a snapshot: after which iteration, with how many examples in an epoch."""
+
+    size: int
+    iteration: int
+
+
+MOMENTS = {
+    "in the middle of an epoch": Moment(45, 2),
+    "after a window in which an epoch ended": Moment(45, 4),  # with its first batch, if it was gathered
+    "at the end of an epoch": Moment(42, 3),
+}
+WAYS = ("whole", "gathered", "split")
+every_moment = pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS.keys())
+every_window = pytest.mark.parametrize("way", WAYS[1:])
+
+
+def shuffled(order: numpy.ndarray, position: int) -> numpy.ndarray:
+    """Returns the order of the next epoch, which depends on nothing but the last one, as that is in the snapshot."""
+    return numpy.random.RandomState(order[0]).permutation(order)
+
+
+def make_trainer(way: str, size: int, out: pathlib.Path, stop: int = LAST_ITERATION) -> Trainer:
+    """Returns a Trainer on a shuffled dataset with an optimizer that has a state, and a log."""
+    batch_size = EFFECTIVE_BATCH // 2 if way == "gathered" else EFFECTIVE_BATCH
+    iterator = SerialIterator(make_dataset(size), batch_size, order_sampler=shuffled)
+    optimizer = chainer.optimizers.Adam(0.01, eps=1e-4)
+    if way == "whole":
+        updater = make_updater(StandardUpdater, iterator, optimizer)
+    else:
+        arguments = {"gathered": {"accumulation_steps": 2}, "split": {"micro_batch_size": 5}}[way]
+        updater = make_updater(AccumulatingUpdater, iterator, optimizer, **arguments)
+    trainer = Trainer(updater, (stop, "iteration"), out=str(out))
+    trainer.extend(extensions.LogReport())
+    return trainer
+
+
+def bookkeeping_of(trainer: Trainer) -> Dict[str, Any]:
+    optimizer = trainer.updater.get_optimizer("main")
+    bookkeeping = {name: getattr(trainer.updater, name) for name in BOOKKEEPING}
+    return {**bookkeeping, "optimizer.t": optimizer.t, "optimizer.epoch": optimizer.epoch}
+
+
+def log_of(trainer: Trainer) -> List[Dict[str, float]]:
+    """Returns the log without what no two runs have in common."""
+    log = [dict(entry) for entry in trainer.get_extension("LogReport").log]
+    for entry in log:
+        del entry["elapsed_time"]
+    return log
+
+
+class Uninterrupted(NamedTuple):
+    """A run to the end, and its bookkeeping as the snapshot was taken on the way."""
+
+    trainer: Trainer
+    bookkeeping: Dict[str, Any]
+
+
+def run_through(way: str, moment: Moment, snapshot: pathlib.Path) -> Uninterrupted:
+    """Runs to the end, and takes the snapshot on the way."""
+    trainer = make_trainer(way, moment.size, snapshot.parent / "out")
+    bookkeeping: Dict[str, Any] = {}
+
+    def take_snapshot(trainer: Trainer) -> None:
+        chainer.serializers.save_npz(str(snapshot), trainer)
+        bookkeeping.update(bookkeeping_of(trainer))
+
+    trainer.extend(take_snapshot, trigger=lambda trainer: trainer.updater.iteration == moment.iteration, priority=0)
+    trainer.run()
+    assert bookkeeping["iteration"] == moment.iteration
+    return Uninterrupted(trainer, bookkeeping)
+
+
+def load(snapshot: Any, trainer: Trainer, strict: bool = True) -> Trainer:
+    chainer.serializers.load_npz(str(snapshot), trainer, strict=strict)
+    return trainer
+
+
+def assert_same_end(actual: Trainer, expected: Trainer, tolerance: float) -> None:
+    """Asserts that two runs came to the same end, the log included."""
+    optimizers = [trainer.updater.get_optimizer("main") for trainer in (actual, expected)]
+    assert actual.updater.iteration == LAST_ITERATION
+    assert bookkeeping_of(actual) == bookkeeping_of(expected)
+    assert_same_parameters(*[optimizer.target for optimizer in optimizers], tolerance=tolerance)
+    assert_same_optimizer_state(*optimizers, tolerance=tolerance)
+    assert len(log_of(actual)) == len(log_of(expected)) >= 2
+    for entry, expected_entry in zip(log_of(actual), log_of(expected)):
+        assert entry == pytest.approx(expected_entry, rel=tolerance, abs=tolerance)
+
+
+@every_moment
+@every_window
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(way: str, moment: Moment, tmp_path: pathlib.Path) -> None:
+    snapshot = tmp_path / "snapshot"
+    uninterrupted = run_through(way, moment, snapshot)
+    resumed = load(snapshot, make_trainer(way, moment.size, tmp_path))
+    assert bookkeeping_of(resumed) == uninterrupted.bookkeeping
+    resumed.run()
+    assert_same_end(resumed, uninterrupted.trainer, tolerance=0)
+
+
+@every_moment
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"), [(saved, loaded) for saved in WAYS for loaded in WAYS if saved != loaded]
+)
+def test_snapshots_load_both_ways(saved_by: str, loaded_by: str, moment: Moment, tmp_path: pathlib.Path) -> None:
+    uninterrupted = run_through("whole", moment, tmp_path / "whole")
+    if saved_by != "whole":
+        run_through(saved_by, moment, tmp_path / saved_by)
+    resumed = load(tmp_path / saved_by, make_trainer(loaded_by, moment.size, tmp_path))
+    known = KNOWN_TO_ALL if (saved_by, loaded_by) == ("gathered", "whole") else uninterrupted.bookkeeping
+    bookkeeping = bookkeeping_of(resumed)
+    assert {name: bookkeeping[name] for name in known} == {name: uninterrupted.bookkeeping[name] for name in known}
+    resumed.run()
+    assert_same_end(resumed, uninterrupted.trainer, tolerance=1e-6)
+
+
+@every_moment
+@every_window
+@pytest.mark.parametrize("saved_by", ["whole", "gathered"])
+def test_snapshots_load_when_not_strict(saved_by: str, way: str, moment: Moment, tmp_path: pathlib.Path) -> None:
+    snapshot = tmp_path / "snapshot"
+    uninterrupted = run_through(saved_by, moment, snapshot)
+    resumed = load(snapshot, make_trainer(way, moment.size, tmp_path), strict=False)
+    assert bookkeeping_of(resumed) == uninterrupted.bookkeeping
+    resumed.run()
+    assert_same_end(resumed, uninterrupted.trainer, tolerance=1e-6)
+
+
+@every_moment
+@every_window
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@pytest.mark.parametrize("saved_by", ["whole", "gathered"])
+def test_a_snapshot_replaces_what_an_updater_knew(
+    saved_by: str, strict: bool, way: str, moment: Moment, tmp_path: pathlib.Path
+) -> None:
+    uninterrupted = run_through(saved_by, moment, tmp_path / "snapshot")
+    trainer = make_trainer(way, moment.size, tmp_path)
+    for _ in range(7):
+        trainer.updater.update()
+    load(tmp_path / "snapshot", trainer, strict=strict)
+    assert bookkeeping_of(trainer) == uninterrupted.bookkeeping
+
+
+@every_window
+def test_a_snapshot_has_what_that_of_standard_updater_has(way: str, tmp_path: pathlib.Path) -> None:
+    keys = {}
+    for name in ("whole", way):
+        run_through(name, MOMENTS["in the middle of an epoch"], tmp_path / name)
+        with numpy.load(str(tmp_path / name), allow_pickle=True) as snapshot:
+            keys[name] = set(snapshot.files)
+    assert keys[way] - keys["whole"] == {"updater/previous_epoch_detail", "updater/is_new_epoch"}
+    assert keys["whole"] < keys[way]
+
+
+@every_window
+def test_the_snapshot_extension_resumes_a_run_by_itself(way: str, tmp_path: pathlib.Path) -> None:
+    moment = MOMENTS["after a window in which an epoch ended"]
+    uninterrupted = run_through(way, moment, tmp_path / "snapshot")
+    iterations: List[int] = []
+    for stop in (moment.iteration, LAST_ITERATION):
+        trainer = make_trainer(way, moment.size, tmp_path, stop)
+        trainer.extend(extensions.snapshot(autoload=True), trigger=(moment.iteration, "iteration"))
+        iterations.clear()
+        trainer.extend(lambda trainer: iterations.append(trainer.updater.iteration), name="note the iteration")
+        trainer.run()
+    assert iterations == [5, 6, 7, 8, 9]  # of the second run
+    assert_same_end(trainer, uninterrupted.trainer, tolerance=0)
+
+
+@every_window
+def test_an_updater_saved_before_the_first_update_is_loaded_as_a_new_one(way: str, tmp_path: pathlib.Path) -> None:
+    saved, loaded = (make_trainer(way, 45, tmp_path) for _ in range(2))
+    chainer.serializers.save_npz(str(tmp_path / "snapshot"), saved.updater)
+    # Not strict, as Adam asks for moments that it does not save before it has any.
+    chainer.serializers.load_npz(str(tmp_path / "snapshot"), loaded.updater, strict=False)
+    assert bookkeeping_of(loaded) == bookkeeping_of(saved)
+    assert loaded.updater.previous_epoch_detail is None
