@@ -1,9 +1,9 @@
-"""A matrix product that is added to a sum as it is computed.
+"""A matrix product that is added to a sum while it is computed.
 
 NumPy can compute ``a.T @ b`` and add it, but only one after the other: the product is written to new memory, read again
 and added. The BLAS underneath can do both at once, but NumPy does not pass that on, and SciPy, which does, brings
 another BLAS with threads of its own that compete with NumPy's. So this module calls the very library that NumPy calls:
-the OpenBLAS inside NumPy's wheels. Where NumPy has another one, or the arrays are not as they are needed, it declines.
+the OpenBLAS inside NumPy's wheels. Where NumPy has another one, the product is computed and then added.
 """
 
 from __future__ import annotations
@@ -21,30 +21,25 @@ _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
 _SMALLEST_SUM = 2**15
 
 
-def add_matrix_product(total: Any, a: Any, b: Any) -> bool:
-    """Adds ``a.T @ b`` to ``total`` in place, if that can be done at once.
+def add_matrix_product(total: Any, a: Any, b: Any) -> None:
+    """Adds ``a.T @ b`` to ``total`` in place.
 
     Args:
-        total (numpy.ndarray): Sum of shape ``(m, n)``.
-        a (numpy.ndarray): Array of shape ``(k, m)``.
-        b (numpy.ndarray): Array of shape ``(k, n)``.
-
-    Returns:
-        bool: Whether it was done. If not, ``total`` is as before.
+        total (:ref:`ndarray`): Sum of shape ``(m, n)``.
+        a (:ref:`ndarray`): Array of shape ``(k, m)``.
+        b (:ref:`ndarray`): Array of shape ``(k, n)``.
 
     """
-    if total.size < _SMALLEST_SUM or len(a) == 0 or not total.dtype == a.dtype == b.dtype:
-        return False
-    arrays = (total, a, b)
-    if not all(isinstance(array, numpy.ndarray) and array.flags.c_contiguous for array in arrays):
-        return False
-    gemm = _gemm(total.dtype.char)
+    is_large = isinstance(total, numpy.ndarray) and total.size >= _SMALLEST_SUM and len(a) > 0
+    is_plain = total.flags.c_contiguous and total.dtype == a.dtype == b.dtype
+    gemm = _gemm(total.dtype.char) if is_large and is_plain else None
     if gemm is None:
-        return False
-    (k, m), n = a.shape, b.shape[1]
+        total += a.T.dot(b)
+        return
+    arrays = total, numpy.ascontiguousarray(a), numpy.ascontiguousarray(b)
     total_pointer, a_pointer, b_pointer = (array.__array_interface__["data"][0] for array in arrays)
+    (k, m), n = a.shape, b.shape[1]
     gemm(_ROW_MAJOR, _TRANSPOSE, _NO_TRANSPOSE, m, n, k, 1.0, a_pointer, m, b_pointer, n, 1.0, total_pointer, n)
-    return True
 
 
 @functools.lru_cache(maxsize=None)

@@ -67,9 +67,18 @@ class GradientSums:
         total = self.get(param)
         with device_of(grad):
             if total is None:
-                self._sums[id(param)] = param, grad.astype(numpy.promote_types(grad.dtype, numpy.float32))
+                self._sums[id(param)] = param, grad.astype(_sum_dtype(grad))
             else:
                 total += grad
+
+    def add_product(self, param: chainer.Parameter, a: Any, b: Any) -> None:
+        """Adds the gradient ``a.T @ b``."""
+        total = self.get(param)
+        if total is None:
+            grad = a.T.dot(b)
+            self._sums[id(param)] = param, grad.astype(_sum_dtype(grad), copy=False)
+        else:
+            add_matrix_product(total, a, b)
 
     def get(self, param: chainer.Parameter) -> Optional[Any]:
         """Returns the sum of the gradients of ``param``, or ``None`` if it has had none."""
@@ -80,6 +89,10 @@ class GradientSums:
         """Returns an iterator over all parameters with a sum, and removes each from here."""
         while self._sums:
             yield self._sums.popitem()[1]
+
+
+def _sum_dtype(grad: Any) -> Any:
+    return numpy.promote_types(grad.dtype, numpy.float32)
 
 
 class _AddWhereBorn(chainer.FunctionHook):
@@ -98,7 +111,7 @@ class _AddWhereBorn(chainer.FunctionHook):
         # A backward pass within the backward pass wants its gradients for itself.
         if self._depth == 1 and not self._params.keys().isdisjoint(function.inputs):
             self._function = function
-            function.backward = functools.partial(self._backward, function)
+            function.backward = functools.partial(self._backward, function, in_data)
 
     def backward_postprocess(self, function: chainer.FunctionNode, in_data: Any, out_grad: Any) -> None:
         self._depth -= 1
@@ -112,11 +125,15 @@ class _AddWhereBorn(chainer.FunctionHook):
             self._function = None
 
     def _backward(
-        self, function: chainer.FunctionNode, indexes: Tuple[int, ...], grad_outputs: Tuple[Any, ...]
+        self,
+        function: chainer.FunctionNode,
+        in_data: Tuple[Any, ...],
+        indexes: Tuple[int, ...],
+        grad_outputs: Tuple[Any, ...],
     ) -> Sequence[Optional[chainer.Variable]]:
         inputs = function.inputs
-        if isinstance(function, LinearFunction) and self._add_weight_gradient(function, indexes, grad_outputs):
-            indexes = tuple(index for index in indexes if index != 1)
+        if isinstance(function, LinearFunction):
+            indexes = self._add_linear(inputs, in_data[0], grad_outputs[0].array, indexes)
         grads = type(function).backward(function, indexes, grad_outputs)
         if len(grads) not in (len(inputs), len(indexes)):
             return grads  # type: ignore[no-any-return]  # for Chainer to complain about
@@ -131,13 +148,15 @@ class _AddWhereBorn(chainer.FunctionHook):
                 self._sums.add(param, grad.array)
         return kept
 
-    def _add_weight_gradient(
-        self, function: LinearFunction, indexes: Tuple[int, ...], grad_outputs: Tuple[Any, ...]
-    ) -> bool:
-        weight = self._params.get(function.inputs[1])
-        if weight is None or 1 not in indexes:
-            return False
-        total = self._sums.get(weight)
-        return total is not None and add_matrix_product(
-            total, grad_outputs[0].array, function.get_retained_inputs()[0].array
-        )
+    def _add_linear(self, inputs: Tuple[Any, ...], x: Any, gy: Any, indexes: Tuple[int, ...]) -> Tuple[int, ...]:
+        """Adds the gradients of weight and bias, and returns the indexes of the inputs that have none yet."""
+        left = []
+        for index in indexes:
+            param = self._params.get(inputs[index])
+            if param is None or index == 0:
+                left.append(index)
+            elif index == 1:
+                self._sums.add_product(param, gy, x)
+            else:
+                self._sums.add(param, gy.sum(axis=0))
+        return tuple(left)

@@ -1,0 +1,49 @@
+# Each target works on a fresh checkout: what it needs is installed in a virtual environment of this checkout first.
+# To choose the interpreter: make PYTHON=python3.12 test
+PYTHON =
+VENV = .venv
+CONSTRAINTS =
+RUN = $(VENV)/bin/python -m
+
+# Named for the interpreter, so that asking for another one makes the environment anew.
+READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
+
+.PHONY: demo test check lint types docs oldest newest coverage clean
+
+demo: $(READY)
+	$(VENV)/bin/python examples/digits/train_digits.py --out result
+
+test: $(READY)
+	$(RUN) pytest
+
+check: lint types docs demo oldest newest
+
+lint: $(READY)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(READY)
+	$(RUN) mypy
+
+docs: $(READY)
+	$(addprefix $(RUN) pytest ,$(wildcard tests/test_readme.py))
+
+# The ends of the range of Pythons that this machine has, the lower one with the oldest NumPy.
+oldest:
+	$(MAKE) test VENV=.venvs/oldest PYTHON="$$(tools/pythons.sh | head -n 1)" CONSTRAINTS=oldest-constraints.txt
+
+newest: $(READY)
+	newest="$$(tools/pythons.sh | tail -n 1)"; \
+	[ "$$("$$newest" -V)" = "$$($(VENV)/bin/python -V)" ] || $(MAKE) test VENV=.venvs/newest PYTHON="$$newest"
+
+coverage: $(READY)
+	$(RUN) coverage run -m pytest
+	$(RUN) coverage report
+
+clean:
+	rm -rf .venv .venvs .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist result
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): setup.py setup.cfg build-constraints.txt $(CONSTRAINTS) tools/make_venv.sh
+	tools/make_venv.sh $(VENV) "$(PYTHON)" $(addprefix --constraint ,$(CONSTRAINTS))
+	touch $@

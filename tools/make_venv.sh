@@ -1,0 +1,37 @@
+#!/bin/sh
+# Makes a virtual environment with chainer_accum in it, to work on this checkout.
+# usage: tools/make_venv.sh DIRECTORY PYTHON [PIP_ARGUMENT...]
+# PYTHON may be empty: then it is python3, if that is a version that is tested, or else the newest one that is.
+set -eu
+
+die() {
+    echo "make_venv: $*" >&2
+    exit 1
+}
+
+directory=$1
+python=$2
+shift 2
+cd "$(dirname "$0")/.."
+
+if [ -z "$python" ]; then
+    python=$(python3 -c 'import sys; (3, 8) <= sys.version_info < (3, 14) or sys.exit(1); print(sys.executable)' \
+        2>/dev/null) || python=$(tools/pythons.sh | tail -n 1)
+    [ -n "$python" ] || die "found no Python 3.8 to 3.13; install one, or name it: make PYTHON=/path/to/python test"
+fi
+"$python" -c '' || die "cannot run PYTHON=$python; name an interpreter that runs"
+
+echo "make_venv: making $directory with $("$python" -V)"
+if "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    "$python" -m venv --clear "$directory"
+elif command -v virtualenv >/dev/null; then
+    virtualenv --quiet --clear --python "$python" "$directory"
+else
+    die "$python lacks the venv module; install it (on Debian and Ubuntu: apt install python3-venv) or virtualenv"
+fi
+
+# Chainer is built from source and needs a setuptools that still has pkg_resources. pip reads the first variable up to
+# version 26.1, and the second from 25.3 on.
+export PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }build-constraints.txt"
+export PIP_BUILD_CONSTRAINT="${PIP_BUILD_CONSTRAINT:+$PIP_BUILD_CONSTRAINT }build-constraints.txt"
+"$directory/bin/python" -m pip install --disable-pip-version-check --quiet --editable '.[test,dev]' "$@"
