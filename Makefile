@@ -8,7 +8,7 @@ RUN = $(VENV)/bin/python -m
 # Named for the interpreter, so that asking for another one makes the environment anew.
 READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
 
-.PHONY: demo test check lint types docs oldest newest coverage clean
+.PHONY: demo test check lint types docs oldest newest coverage bench clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/digits/train_digits.py --out result
@@ -35,6 +35,11 @@ oldest:
 newest: $(READY)
 	newest="$$(tools/pythons.sh | tail -n 1)"; \
 	[ "$$("$$newest" -V)" = "$$($(VENV)/bin/python -V)" ] || $(MAKE) test VENV=.venvs/newest PYTHON="$$newest"
+
+# One thread, so that what is compared does not depend on what else the machine does.
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/overhead.py >benchmarks/overhead.md
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/memory.py >benchmarks/memory.md
 
 coverage: $(READY)
 	$(RUN) coverage run -m pytest

@@ -9,6 +9,7 @@ StandardUpdater with the whole effective batch over the same.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import tracemalloc
 from typing import Any, Type
@@ -19,10 +20,12 @@ from chainer.training.updaters import StandardUpdater
 from workloads import WORKLOADS, Workload, describe_machine
 
 STEPS = (1, 4, 16, 64)
-UPDATES = 3
+PASSES = 2 * max(STEPS)  # in all, whatever k is: the peak of more passes may be higher by chance
 
 
-def peak(workload: Workload, optimizer_class: Any, updater_class: Type[Any], batch_size: int, **kwargs: Any) -> int:
+def peak(
+    workload: Workload, optimizer_class: Any, updater_class: Type[Any], batch_size: int, updates: int, **kwargs: Any
+) -> int:
     """Returns the largest number of bytes that were allocated at a time."""
     dataset = workload.make_dataset(max(STEPS) * workload.micro_batch_size)
     gc.collect()
@@ -31,7 +34,7 @@ def peak(workload: Workload, optimizer_class: Any, updater_class: Type[Any], bat
         optimizer = optimizer_class().setup(workload.make_model())
         iterator = chainer.iterators.SerialIterator(dataset, batch_size, shuffle=False)
         updater = updater_class(iterator, optimizer, **kwargs)
-        for _ in range(UPDATES):
+        for _ in range(updates):
             updater.update()
         return tracemalloc.get_traced_memory()[1]
     finally:
@@ -40,20 +43,21 @@ def peak(workload: Workload, optimizer_class: Any, updater_class: Type[Any], bat
 
 def main() -> None:
     print(f"# Peak memory of an update by k\n\n{__doc__.split(chr(10), 2)[2].strip()}\n")
-    print(f"Machine: {describe_machine()}. The peak of {UPDATES} updates, the first included.\n")
+    print(f"Machine: {describe_machine()}. {PASSES} forward/backward passes each.\n")
     ks = " | ".join(f"k = {k}" for k in STEPS)
     print(f"| network | micro-batch | optimizer | StandardUpdater | {ks} | whole batch, k = {STEPS[-1]} |")
     print("| --- " * (5 + len(STEPS)) + "|")
     for workload in WORKLOADS:
         size = workload.micro_batch_size
         for optimizer_class in (chainer.optimizers.SGD, chainer.optimizers.Adam):
-            peak(workload, optimizer_class, StandardUpdater, size)  # what is imported and cached at the first update
-            floor = peak(workload, optimizer_class, StandardUpdater, size)
+            measure = functools.partial(peak, workload, optimizer_class)
+            measure(StandardUpdater, size, updates=1)  # imports and caches what the first update needs
+            floor = measure(StandardUpdater, size, updates=PASSES)
             peaks = [
-                peak(workload, optimizer_class, chainer_accum.AccumulatingUpdater, size, accumulation_steps=k)
+                measure(chainer_accum.AccumulatingUpdater, size, updates=PASSES // k, accumulation_steps=k)
                 for k in STEPS
             ]
-            peaks.append(peak(workload, optimizer_class, StandardUpdater, size * STEPS[-1]))
+            peaks.append(measure(StandardUpdater, size * STEPS[-1], updates=PASSES // STEPS[-1]))
             ratios = " | ".join(f"{bytes_ / floor:.3f}" for bytes_ in peaks)
             print(
                 f"| {workload.name} | {size} | {optimizer_class.__name__} | {floor / 1e6:.1f} MB | {ratios} |",

@@ -103,8 +103,8 @@ class Window:
         with device_of(loss.array):
             loss.grad = loss.xp.full_like(loss.array, scale)
         self._is_intact = False
-        # This clears what is left of gradients, but not before the forward pass: there, lazy parameters are born with NaN
-        # for a gradient, and a loss function may run a backward pass of its own.
+        # This clears the gradients; not before the forward pass, in which lazy parameters are born with NaN for a
+        # gradient and a loss function may run a backward pass of its own.
         with self._sums.adding():
             loss.backward()
         self._is_intact = True

@@ -289,6 +289,14 @@ def test_a_convolutional_network(way):
     compare(way, model=Convolutional, dataset=make_dataset(n_in=16), tolerance=2e-6)
 
 
+@each_way
+def test_what_differs_is_rounding(way):
+    """In float64, where rounding is 1e-16, so is the difference."""
+    dataset = [(x.astype("d"), t) for x, t in make_dataset(n_in=16)]
+    with chainer.using_config("dtype", numpy.float64):
+        compare(way, model=Convolutional, dataset=dataset, updates=20, tolerance=1e-14)
+
+
 class Tagger(chainer.Chain):
     """A recurrent tagger of sequences of words, whose loss is the mean over all tokens."""
 

@@ -1,0 +1,90 @@
+"""The README is true: its code runs, its links and commands exist, its figures are those of the committed results."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import chainer_accum
+import chainer
+import numpy
+import pytest
+
+from conftest import make_dataset, make_model, serial
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def table_below(text, heading):
+    """Returns the rows of the first table below a heading, without its head."""
+    lines = text[text.index(heading) :].splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| ---"))
+    rows = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_the_code_runs():
+    model = make_model()
+    namespace = {
+        "train_iter": serial([(numpy.arange(n), n) for n in range(1, 9)], 2),
+        "optimizer": chainer.optimizers.SGD().setup(model),
+        "convert": lambda batch, device: chainer.dataset.concat_examples(make_dataset(len(batch))),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, namespace)
+    namespace["updater"].update()
+    assert namespace["updater"].accumulation_steps == 8
+
+
+def test_the_one_line_change_is_one_line_that_runs():
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    removed, added = diff.splitlines()
+    assert removed.startswith("-updater = StandardUpdater(") and added.startswith("+updater = AccumulatingUpdater(")
+    namespace = {
+        "AccumulatingUpdater": chainer_accum.AccumulatingUpdater,
+        "train_iter": serial(make_dataset(), 48),
+        "optimizer": chainer.optimizers.SGD().setup(make_model()),
+    }
+    exec(added[1:].replace("device=0", "device=-1"), namespace)
+    namespace["updater"].update()
+    assert namespace["updater"].iteration == 1
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *("benchmarks/README.md",)])
+def test_links_lead_somewhere(name):
+    path = ROOT / name
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_commands_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"(?:`|^)make ([a-z]+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_figures_are_those_of_the_committed_results():
+    overhead = table_below((ROOT / "benchmarks/overhead.md").read_text(encoding="utf-8"), "# ")
+    memory = table_below((ROOT / "benchmarks/memory.md").read_text(encoding="utf-8"), "# ")
+    quoted = table_below(README, "## What it costs")
+    assert len(quoted) == len(overhead) == len(memory) / 2
+    for (_, window, by_hand, peak, whole), time_row, memory_row in zip(quoted, overhead, memory[::2]):
+        assert window == f"{float(time_row[3].split()[0]):.2f}"
+        assert by_hand == f"{float(time_row[4].split()[0]):.2f}"
+        assert float(peak) == max(round(float(ratio), 2) for ratio in memory_row[4:8])
+        assert whole == f"{float(memory_row[8]):.1f}"
+
+
+def test_a_window_costs_no_more_than_was_promised():
+    for row in table_below((ROOT / "benchmarks/overhead.md").read_text(encoding="utf-8"), "# "):
+        assert float(row[3].split()[0]) <= 1.03
+    for row in table_below((ROOT / "benchmarks/memory.md").read_text(encoding="utf-8"), "# "):
+        assert all(float(ratio) <= 1.05 for ratio in row[4:8])
