@@ -47,7 +47,7 @@ class Window:
         # Chainer has no public way to ask for the scale. It is read once: a window has one scale from end to end.
         self._loss_scale: Optional[float] = optimizer._loss_scale
         self._sums = GradientSums(optimizer.target)
-        self._is_intact = True
+        self._is_open = True
 
     def add(self, lossfun: Callable[..., chainer.Variable], *args: Any, weight: float = 1, **kwargs: Any) -> None:
         """Runs one forward and one backward pass.
@@ -63,8 +63,10 @@ class Window:
         Raises:
             TypeError: If the loss is not a :class:`~chainer.Variable` or the weight is not a number.
             ValueError: If the loss is not a scalar or has no graph, or the weight is negative or not finite.
+            RuntimeError: If the window is over: it was updated, or a backward pass of it failed.
 
         """
+        self._check_open()
         weight = check_weight(weight, "weight")
         loss = lossfun(*args, **kwargs)
         _check_loss(loss, weight)
@@ -77,10 +79,11 @@ class Window:
         Without any weight, the gradients are zero.
 
         Raises:
-            RuntimeError: If a backward pass of the window failed.
+            RuntimeError: If the window is over: it was updated, or a backward pass of it failed.
 
         """
-        self._check_intact()
+        self._check_open()
+        self._is_open = False
         self._optimizer.target.cleargrads()
         correction = 1.0
         if self._is_mean and self._expected_weight and self._weight:
@@ -90,29 +93,28 @@ class Window:
                 if correction != 1:
                     total *= correction
                 param.grad = total.astype(param.dtype, copy=False)
-            param._loss_scale = self._loss_scale  # where Chainer's own backward pass records it for the update rule
+            param._loss_scale = self._loss_scale  # where the backward pass records it for the update rule
         self._optimizer.update()
 
     def _backward(self, loss: chainer.Variable, weight: float) -> None:
-        self._check_intact()
         if self._expected_weight is None:
             self._expected_weight = weight
         scale = weight / self._expected_weight if self._is_mean else 1.0
         if self._loss_scale is not None:
             scale *= float(self._loss_scale)
-        with device_of(loss.array):
-            loss.grad = loss.xp.full_like(loss.array, scale)
-        self._is_intact = False
+        self._is_open = False
         # This clears the gradients; not before the forward pass, in which lazy parameters are born with NaN for a
         # gradient and a loss function may run a backward pass of its own.
         with self._sums.adding():
-            loss.backward()
-        self._is_intact = True
+            with device_of(loss.array):
+                loss.grad = loss.xp.full_like(loss.array, scale)
+            loss.backward(loss_scale=self._loss_scale)  # which records the scale, and no more, as there is a gradient
+        self._is_open = True
         self._weight += weight
 
-    def _check_intact(self) -> None:
-        if not self._is_intact:
-            raise RuntimeError("a backward pass of this window failed and left it half-done; begin a new window")
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise RuntimeError("this window was updated or a backward pass of it failed; begin a new window")
 
 
 def check_weight(weight: Any, name: str) -> float:

@@ -209,6 +209,29 @@ def test_parameters_without_a_gradient(way):
     compare(way, model=Unused)
 
 
+class Born(chainer.Chain):
+    """A model that has parameters only once it has run, among them one that no optimizer knows."""
+
+    def __init__(self):
+        super().__init__(classifier=make_model())
+
+    def forward(self, x, t):
+        if not hasattr(self, "late"):
+            with self.init_scope():
+                self.late = chainer.Parameter(numpy.full(5, 0.5, "f"))
+        return self.classifier(x * F.broadcast_to(self.late, x.shape), t)
+
+
+@each_way
+def test_parameters_that_are_born_in_the_first_forward_pass(way):
+    def prepare(optimizer):
+        optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(0.1))  # counts all gradients
+
+    for updater in compare(way, model=Born, prepare=prepare):
+        late = updater.get_optimizer("main").target.late
+        assert late.grad.any() and (late.array == 0.5).all()
+
+
 class Aliased(chainer.Chain):
     """A model in which gradients are one array, or cannot be written to."""
 

@@ -227,6 +227,41 @@ def test_an_overflow_in_one_pass_skips_the_window_and_lowers_the_dynamic_scale()
         assert (param.array != old.array).any()
 
 
+def test_a_window_is_updated_once():
+    optimizer = set_up()
+    window = Window(optimizer)
+    window.add(optimizer.target, inputs, labels)
+    window.update()
+    with pytest.raises(RuntimeError, match="begin a new window"):
+        window.update()
+    with pytest.raises(RuntimeError, match="begin a new window"):
+        window.add(optimizer.target, inputs, labels)
+    assert optimizer.t == 1
+
+
+def test_a_parameter_can_be_a_loss():
+    link = chainer.Link()
+    with link.init_scope():
+        link.param = chainer.Parameter(numpy.zeros((), "f"))
+    optimizer = set_up(optimizers.SGD(1.0), link)
+    optimizer.loss_scaling(scale=8.0)
+    window = Window(optimizer)
+    window.add(lambda: link.param, weight=1)
+    window.add(lambda: link.param * 5, weight=3)
+    window.update()
+    assert link.param.array == -4
+
+
+def test_the_loss_scale_is_recorded_on_other_links_too():
+    """Their gradients are scaled as well, and their optimizer has to know."""
+    optimizer, other = set_up(), L.Linear(5, 5)
+    optimizer.loss_scaling(scale=8.0)
+    other.cleargrads()
+    window = Window(optimizer)
+    window.add(lambda: optimizer.target(other(inputs), labels))
+    assert other.W._loss_scale == 8.0
+
+
 def test_hooks_run_once_on_the_gradient_of_the_whole_batch():
     optimizers_ = set_up(), set_up()
     calls = []
