@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+import json
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import chainer
 import numpy
@@ -56,18 +57,26 @@ class GradientSums:
                     yield
             finally:
                 hook.restore()
+        self.take_from(params)
+
+    def take_from(self, params: Iterable[chainer.Parameter], scale: float = 1.0) -> None:
+        """Adds the gradients that parameters have, times ``scale``, and clears them."""
         for param in params:
             grad = param.grad
             if grad is not None:
-                self.add(param, grad)
+                self.add(param, grad, scale)
                 param.cleargrad()
 
-    def add(self, param: chainer.Parameter, grad: Any) -> None:
+    def add(self, param: chainer.Parameter, grad: Any, scale: float = 1.0) -> None:
         """Adds a gradient, which is only read: it may be the gradient of something else as well."""
         total = self.get(param)
         with device_of(grad):
+            if total is None or scale != 1:
+                grad = grad.astype(_sum_dtype(grad))  # a copy, which is ours
+            if scale != 1:
+                grad *= scale
             if total is None:
-                self._sums[id(param)] = param, grad.astype(_sum_dtype(grad))
+                self.set(param, grad)
             else:
                 total += grad
 
@@ -76,7 +85,7 @@ class GradientSums:
         total = self.get(param)
         if total is None:
             grad = a.T.dot(b)
-            self._sums[id(param)] = param, grad.astype(_sum_dtype(grad), copy=False)
+            self.set(param, grad.astype(_sum_dtype(grad), copy=False))
         else:
             add_matrix_product(total, a, b)
 
@@ -85,10 +94,24 @@ class GradientSums:
         entry = self._sums.get(id(param))
         return None if entry is None else entry[1]
 
+    def set(self, param: chainer.Parameter, total: Any) -> None:
+        """Sets the sum of the gradients of ``param`` to an array, which it keeps."""
+        self._sums[id(param)] = param, total
+
     def take(self) -> Iterator[Tuple[chainer.Parameter, Any]]:
         """Returns an iterator over all parameters with a sum, and removes each from here."""
         while self._sums:
             yield self._sums.popitem()[1]
+
+    def serialize(self, serializer: Any) -> None:
+        """Serializes the sums under the names of the parameters."""
+        params = dict(self._target.namedparams())
+        names = [name for name, param in params.items() if self.get(param) is not None]
+        names = json.loads(serializer("names", json.dumps(names)))
+        for name in names:
+            param = params[name]
+            total = serializer(name, self.get(param))
+            self.set(param, param.device.send(total))
 
 
 def _sum_dtype(grad: Any) -> Any:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import numbers
 from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Tuple
 
 import chainer
 from chainer.dataset import concat_examples
 from chainer.training.updaters import StandardUpdater
 
+from chainer_accum._arguments import check_callable, check_choice, check_set_up, positive_int
 from chainer_accum.micro_batches import EPOCH_BOUNDARIES, MicroBatches, WeightFunc
 from chainer_accum.observations import OBSERVATION_RULES, Observations
 from chainer_accum.window import LOSS_REDUCTIONS, Window
@@ -102,22 +102,23 @@ class AccumulatingUpdater(StandardUpdater):
         _check_main("iterator", iterators, "an iterator", "next")
         optimizers = optimizer if isinstance(optimizer, dict) else {"main": optimizer}
         _check_main("optimizer", optimizers, "an optimizer", "update")
-        _check_set_up(optimizers)
-        _check_callable("converter", converter)
+        for name, each in optimizers.items():
+            check_set_up(each, f"optimizer {name!r}")
+        check_callable("converter", converter)
         if loss_func is not None:
-            _check_callable("loss_func", loss_func)
+            check_callable("loss_func", loss_func)
         if weight_func is not None:
-            _check_callable("weight_func", weight_func)
-        self._accumulation_steps = _positive_int(
+            check_callable("weight_func", weight_func)
+        self._accumulation_steps = positive_int(
             "accumulation_steps", accumulation_steps, "use 1 to disable accumulation"
         )
         self._micro_batch_size = micro_batch_size
         if micro_batch_size is not None:
-            self._micro_batch_size = _positive_int(
+            self._micro_batch_size = positive_int(
                 "micro_batch_size", micro_batch_size, "use None to leave batches whole"
             )
-        _check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
-        _check_choice("epoch_boundary", epoch_boundary, EPOCH_BOUNDARIES)
+        check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
+        check_choice("epoch_boundary", epoch_boundary, EPOCH_BOUNDARIES)
         _check_rules(observation_rules)
         super().__init__(
             iterators,
@@ -238,40 +239,10 @@ def _check_main(name: str, by_name: Dict[str, Any], what: str, method: str) -> N
         raise TypeError(f"{name} must be {what} or a dict of them, got {by_name['main']!r}")
 
 
-def _check_set_up(optimizers: Dict[str, Any]) -> None:
-    for name, optimizer in optimizers.items():
-        if getattr(optimizer, "target", None) is None:
-            raise ValueError(
-                f"optimizer must be set up with a model, got {type(optimizer).__name__} under the name {name!r} "
-                "without one; call optimizer.setup(model) first"
-            )
-
-
-def _check_callable(name: str, value: Any) -> None:
-    if not callable(value):
-        remedy = "pass a function"
-        if isinstance(value, int):
-            remedy = f"to accumulate, pass accumulation_steps={value} or micro_batch_size={value} by keyword"
-        raise TypeError(f"{name} must be callable, got {value!r}; {remedy}")
-
-
-def _positive_int(name: str, value: Any, remedy: str) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a positive int, got {value!r}; {remedy}")
-    if value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}; {remedy}")
-    return int(value)
-
-
-def _check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 def _check_rules(rules: Any) -> None:
     if rules is None:
         return
     if not isinstance(rules, Mapping):
         raise TypeError(f"observation_rules must be a dict, got {rules!r}; map keys such as 'main/loss' to a rule")
     for key, rule in rules.items():
-        _check_choice(f"observation_rules[{key!r}]", rule, OBSERVATION_RULES)
+        check_choice(f"observation_rules[{key!r}]", rule, OBSERVATION_RULES)

@@ -7,13 +7,15 @@ has changed, so a window that fails is one that is dropped.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import chainer
 import numpy
 
+from chainer_accum._arguments import check_choice, check_set_up
 from chainer_accum._devices import device_of
 from chainer_accum.gradient_sums import GradientSums
 
@@ -37,6 +39,10 @@ class Window:
         expected_weight (float): What the weights are likely to add up to; by default, the first weight that is not
             zero. It sets the magnitude of the gradients on their way, not that of the result.
 
+    Attributes:
+        micro_batches (int): How many micro-batches have been added.
+        is_open (bool): ``False`` once the window was updated or a backward pass of it failed.
+
     """
 
     def __init__(self, optimizer: Any, loss_reduction: str = "mean", expected_weight: Optional[float] = None) -> None:
@@ -47,7 +53,9 @@ class Window:
         # Chainer has no public way to ask for the scale. It is read once: a window has one scale from end to end.
         self._loss_scale: Optional[float] = optimizer._loss_scale
         self._sums = GradientSums(optimizer.target)
-        self._is_open = True
+        self._has_run_backward = False
+        self.micro_batches = 0
+        self.is_open = True
 
     def add(self, lossfun: Callable[..., chainer.Variable], *args: Any, weight: float = 1, **kwargs: Any) -> None:
         """Runs one forward and one backward pass.
@@ -72,6 +80,30 @@ class Window:
         _check_loss(loss, weight)
         if weight > 0:
             self._backward(loss, weight)
+        self.micro_batches += 1
+
+    def add_gradients(self, weight: float = 1) -> None:
+        """Adds the gradients that the parameters have, from a backward pass of the caller's own, and clears them.
+
+        If the optimizer scales the loss, it is for the caller to pass the scale to ``backward()``.
+
+        Args:
+            weight (float): What the loss counts for, zero or more.
+
+        Raises:
+            TypeError: If the weight is not a number.
+            ValueError: If the weight is negative or not finite.
+            RuntimeError: If the window is over: it was updated, or a backward pass of it failed.
+
+        """
+        self._check_open()
+        weight = check_weight(weight, "weight")
+        if weight > 0:
+            self._sums.take_from(self._optimizer.target.params(include_uninit=False), self._scale(weight))
+            self._weight += weight
+        else:
+            self._optimizer.target.cleargrads()
+        self.micro_batches += 1
 
     def update(self) -> None:
         """Hands the gradients of the window to the optimizer and updates the parameters once.
@@ -83,7 +115,7 @@ class Window:
 
         """
         self._check_open()
-        self._is_open = False
+        self.is_open = False
         self._optimizer.target.cleargrads()
         correction = 1.0
         if self._is_mean and self._expected_weight and self._weight:
@@ -93,28 +125,83 @@ class Window:
                 if correction != 1:
                     total *= correction
                 param.grad = total.astype(param.dtype, copy=False)
-            param._loss_scale = self._loss_scale  # where the backward pass records it for the update rule
+            if self._has_run_backward:
+                param._loss_scale = self._loss_scale  # where the backward pass records it for the update rule
         self._optimizer.update()
 
+    def serialize(self, serializer: Any) -> None:
+        """Serializes the window with its sums, so that it can go on in another process."""
+        self.micro_batches = serializer("micro_batches", self.micro_batches)
+        self._weight = serializer("weight", self._weight)
+        self._expected_weight = serializer("expected_weight", self._expected_weight or 0.0) or None
+        self._loss_scale = serializer("loss_scale", self._loss_scale or 0.0) or None
+        self._has_run_backward = serializer("has_run_backward", self._has_run_backward)
+        self._sums.serialize(serializer["sums"])
+
     def _backward(self, loss: chainer.Variable, weight: float) -> None:
-        if self._expected_weight is None:
-            self._expected_weight = weight
-        scale = weight / self._expected_weight if self._is_mean else 1.0
+        scale = self._scale(weight)
         if self._loss_scale is not None:
             scale *= float(self._loss_scale)
-        self._is_open = False
+        self.is_open = False
         # This clears the gradients; not before the forward pass, in which lazy parameters are born with NaN for a
         # gradient and a loss function may run a backward pass of its own.
         with self._sums.adding():
             with device_of(loss.array):
                 loss.grad = loss.xp.full_like(loss.array, scale)
             loss.backward(loss_scale=self._loss_scale)  # which records the scale, and no more, as there is a gradient
-        self._is_open = True
+        self.is_open = True
+        self._has_run_backward = True
         self._weight += weight
 
+    def _scale(self, weight: float) -> float:
+        """Returns what a gradient of this weight is multiplied by on its way into the sum."""
+        if not self._is_mean:
+            return 1.0
+        if self._expected_weight is None:
+            self._expected_weight = weight
+        return weight / self._expected_weight
+
     def _check_open(self) -> None:
-        if not self._is_open:
+        if not self.is_open:
             raise RuntimeError("this window was updated or a backward pass of it failed; begin a new window")
+
+
+@contextlib.contextmanager
+def accumulate(
+    optimizer: Any, *, loss_reduction: str = "mean", expected_weight: Optional[float] = None
+) -> Iterator[Window]:
+    """Returns a context in which losses are added up, and after which the optimizer updates once.
+
+    This is gradient accumulation for a training loop of your own:
+
+    .. code-block:: python
+
+        with accumulate(optimizer) as window:
+            for x, t in micro_batches:
+                window.add(model, x, t, weight=len(x))
+
+    The step is that of ``optimizer.update(model, ...)`` with all examples at once. A block that raises or that adds
+    nothing changes neither the parameters nor the optimizer.
+
+    Args:
+        optimizer (~chainer.Optimizer): Optimizer that has been set up with the model.
+        loss_reduction (str): ``'mean'`` or ``'sum'``: what the losses are of their examples.
+        expected_weight (float): What the weights are likely to add up to. It sets the magnitude of the gradients on
+            their way, which matters in float16, not that of the result.
+
+    Returns:
+        A context manager that returns a :class:`~chainer_accum.window.Window`.
+
+    Raises:
+        ValueError: If the optimizer has not been set up or the loss reduction is unknown.
+
+    """
+    check_set_up(optimizer, "optimizer")
+    check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
+    window = Window(optimizer, loss_reduction, expected_weight)
+    yield window
+    if window.micro_batches > 0:
+        window.update()
 
 
 def check_weight(weight: Any, name: str) -> float:

@@ -30,17 +30,28 @@ def table_below(text, heading):
 
 def test_the_code_runs():
     model = make_model()
+    optimizer = chainer.optimizers.SGD().setup(model)
+    x, t = chainer.dataset.concat_examples(make_dataset(8))
     namespace = {
+        "chainer": chainer,
+        "model": model,
+        "micro_batches": [(x[:3], t[:3]), (x[3:], t[3:])],
         "train_iter": serial([(numpy.arange(n), n) for n in range(1, 9)], 2),
-        "optimizer": chainer.optimizers.SGD().setup(model),
+        "optimizer": optimizer,
         "convert": lambda batch, device: chainer.dataset.concat_examples(make_dataset(len(batch))),
     }
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
+    assert len(blocks) == 4
+    for block in blocks[:2]:
         exec(block, namespace)
     namespace["updater"].update()
-    assert namespace["updater"].accumulation_steps == 8
+    assert (namespace["updater"].accumulation_steps, optimizer.t) == (8, 1)
+    exec(blocks[2], namespace)
+    assert optimizer.t == 2
+    exec(blocks[3], namespace)
+    for _ in range(8):
+        namespace["optimizer"].update(model, x, t)
+    assert namespace["optimizer"].t == 2
 
 
 def test_the_one_line_change_is_one_line_that_runs():

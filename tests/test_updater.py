@@ -315,12 +315,12 @@ BAD_ARGUMENTS = {
     "an optimizer without setup": (
         lambda it, opt: AccumulatingUpdater(it, optimizers.SGD(), device="@numpy"),
         ValueError,
-        r"optimizer must be set up with a model, got SGD .*; call optimizer.setup\(model\) first",
+        r"optimizer 'main' must be set up with a model, got SGD .*; call optimizer.setup\(model\) first",
     ),
     "a second optimizer without setup": (
         lambda it, opt: AccumulatingUpdater(it, {"main": opt, "other": optimizers.Adam()}),
         ValueError,
-        "got Adam under the name 'other'",
+        "optimizer 'other' must be set up with a model, got Adam without one",
     ),
     "optimizers without a main one": (
         lambda it, opt: AccumulatingUpdater(it, {"generator": opt}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 
 import chainer_accum  # noqa: F401
@@ -11,7 +12,7 @@ import chainer.links as L
 import numpy
 import pytest
 from chainer import optimizers
-from chainer_accum.window import Window, check_weight
+from chainer_accum.window import Window, accumulate, check_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -260,6 +261,66 @@ def test_the_loss_scale_is_recorded_on_other_links_too():
     window = Window(optimizer)
     window.add(lambda: optimizer.target(other(inputs), labels))
     assert other.W._loss_scale == 8.0
+
+
+def test_accumulate_updates_once_as_the_block_ends():
+    accumulated, whole = set_up(), set_up()
+    for _ in range(3):
+        with accumulate(accumulated) as window:
+            for part in split([4, 15, 5]):
+                window.add(accumulated.target, inputs[part], labels[part], weight=part.stop - part.start)
+            assert accumulated.t == whole.t
+        whole.update(whole.target, inputs, labels)
+        assert accumulated.t == whole.t
+    assert_same_parameters(accumulated.target, whole.target)
+    assert_same_optimizer_state(accumulated, whole)
+
+
+def test_accumulate_with_losses_that_are_sums():
+    accumulated, whole = set_up(optimizers.SGD(0.01)), set_up(optimizers.SGD(0.01))
+    with accumulate(accumulated, loss_reduction="sum") as window:
+        for part in split([4, 20]):
+            window.add(lambda x, t: accumulated.target(x, t) * len(x), inputs[part], labels[part])
+    whole.update(lambda x, t: whole.target(x, t) * len(x), inputs, labels)
+    assert_same_parameters(accumulated.target, whole.target, 1e-5)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["adds nothing", "raises"])
+def test_a_block_that_adds_nothing_or_raises_changes_nothing(fails):
+    optimizer, reference = set_up(), set_up()
+    for each in (optimizer, reference):
+        each.update(each.target, inputs, labels)
+    with contextlib.suppress(ConnectionError), accumulate(optimizer) as window:
+        if fails:
+            window.add(optimizer.target, inputs, labels)
+            raise ConnectionError
+    assert_same_parameters(optimizer.target, reference.target, 0)
+    assert_same_optimizer_state(optimizer, reference, 0)
+
+
+def test_accumulate_refuses_an_optimizer_without_a_model_and_an_unknown_reduction():
+    with pytest.raises(ValueError, match="optimizer must be set up with a model, got Adam without one"):
+        with accumulate(optimizers.Adam()):
+            pass
+    with pytest.raises(ValueError, match="loss_reduction must be one of 'mean', 'sum', got 'avg'"):
+        with accumulate(set_up(), loss_reduction="avg"):
+            pass
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (4, 20), (3, 0)])
+def test_gradients_of_the_caller_are_added_by_weight(weights):
+    accumulated, reference = set_up(), set_up()
+    accumulated.target.cleargrads()
+    window = Window(accumulated)
+    for weight, part in zip(weights, split([12, 12])):
+        accumulated.target(inputs[part], labels[part]).backward()
+        window.add_gradients(weight)  # which clears them
+    window.update()
+    reference.target.cleargrads()
+    for weight, part in zip(weights, split([12, 12])):
+        (reference.target(inputs[part], labels[part]) * (weight / sum(weights))).backward()
+    reference.update()
+    assert_same_parameters(accumulated.target, reference.target)
 
 
 def test_hooks_run_once_on_the_gradient_of_the_whole_batch():

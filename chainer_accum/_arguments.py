@@ -1,0 +1,39 @@
+"""Checks of arguments, whose errors name the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, Tuple
+
+
+def check_set_up(optimizer: Any, name: str) -> None:
+    """Raises ValueError unless the optimizer has been set up with a model."""
+    if getattr(optimizer, "target", None) is None:
+        raise ValueError(
+            f"{name} must be set up with a model, got {type(optimizer).__name__} without one; "
+            "call optimizer.setup(model) first"
+        )
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Raises TypeError unless the value can be called."""
+    if not callable(value):
+        remedy = "pass a function"
+        if isinstance(value, int):
+            remedy = f"to accumulate, pass accumulation_steps={value} or micro_batch_size={value} by keyword"
+        raise TypeError(f"{name} must be callable, got {value!r}; {remedy}")
+
+
+def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
+    """Raises ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def positive_int(name: str, value: Any, remedy: str) -> int:
+    """Returns the value as an int, or raises TypeError or ValueError unless it is a positive one."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a positive int, got {value!r}; {remedy}")
+    if value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}; {remedy}")
+    return int(value)
