@@ -30,10 +30,11 @@ def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def positive_int(name: str, value: Any, remedy: str) -> int:
-    """Returns the value as an int, or raises TypeError or ValueError unless it is a positive one."""
+def check_int(name: str, value: Any, least: int, remedy: str) -> int:
+    """Returns the value as an int, or raises TypeError or ValueError unless it is one and ``least`` or more."""
+    message = f"{name} must be an int of {least} or more, got {value!r}; {remedy}"
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a positive int, got {value!r}; {remedy}")
-    if value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}; {remedy}")
+        raise TypeError(message)
+    if value < least:
+        raise ValueError(message)
     return int(value)

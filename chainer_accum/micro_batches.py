@@ -39,6 +39,7 @@ class MicroBatches:
 
     Attributes:
         is_new_epoch (bool): Whether an epoch ended with one of the iterator batches read so far.
+        examples (int): How many examples have been read so far, as far as batches are lists of them.
         expected_weight (float): What the weights of the window add up to if every iterator batch is like the first one,
             or ``None`` if that one counts for nothing.
 
@@ -61,6 +62,7 @@ class MicroBatches:
         self._weight_func = weight_func
         self._flushes = epoch_boundary == "flush"
         self.is_new_epoch = False
+        self.examples = 0
         self._fetched = self._fetch()
         weight = sum(micro_batch.weight for micro_batch in self._fetched)
         self.expected_weight: Optional[float] = accumulation_steps * weight or None
@@ -80,6 +82,7 @@ class MicroBatches:
     def _fetch(self) -> List[MicroBatch]:
         batch = self._iterator.next()
         self.is_new_epoch = self.is_new_epoch or bool(self._iterator.is_new_epoch)
+        self.examples += len(batch) if _is_list(batch) else 0
         return [MicroBatch(examples, self._weigh(examples)) for examples in self._split(batch)]
 
     def _split(self, batch: Any) -> List[Any]:
@@ -97,9 +100,13 @@ class MicroBatches:
         return check_weight(self._weight_func(examples), "the value of weight_func")
 
 
+def _is_list(batch: Any) -> bool:
+    # The length of a tuple or a dictionary is that of something else, such as the number of arrays in an example.
+    return hasattr(batch, "__len__") and not isinstance(batch, (tuple, dict))
+
+
 def _count(batch: Any, argument: str, remedy: str) -> int:
-    if isinstance(batch, (tuple, dict)) or not hasattr(batch, "__len__"):
-        # Its length would be that of something else, such as the number of arrays in an example.
+    if not _is_list(batch):
         raise TypeError(
             f"the iterator must return a list of examples for this {argument}, got a {type(batch).__name__}; {remedy}"
         )

@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional
 
 import chainer
 
-from chainer_accum._arguments import check_choice, check_set_up, positive_int
+from chainer_accum._arguments import check_choice, check_int, check_set_up
 from chainer_accum.window import LOSS_REDUCTIONS, Window, check_weight
 
 
@@ -47,7 +47,7 @@ def create_accumulating_optimizer(
         ValueError: If ``accumulation_steps`` is not positive or the loss reduction is unknown.
 
     """
-    steps = positive_int("accumulation_steps", accumulation_steps, "use 1 to disable accumulation")
+    steps = check_int("accumulation_steps", accumulation_steps, 1, "use 1 to disable accumulation")
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
     return _AccumulatingOptimizer(optimizer, steps, loss_reduction)
 

@@ -11,9 +11,10 @@ import chainer
 from chainer.dataset import concat_examples
 from chainer.training.updaters import StandardUpdater
 
-from chainer_accum._arguments import check_callable, check_choice, check_set_up, positive_int
+from chainer_accum._arguments import check_callable, check_choice, check_int, check_set_up
 from chainer_accum.micro_batches import EPOCH_BOUNDARIES, MicroBatches, WeightFunc
 from chainer_accum.observations import OBSERVATION_RULES, Observations
+from chainer_accum.schedules import Steps, make_schedule
 from chainer_accum.window import LOSS_REDUCTIONS, Window
 
 
@@ -45,7 +46,9 @@ class AccumulatingUpdater(StandardUpdater):
         auto_new_epoch (bool): If ``True``, :meth:`~chainer.Optimizer.new_epoch` of the main optimizer is called when an
             epoch ended within the effective batch.
         input_device (device specifier): Device to which the training data is sent. By default, ``device``.
-        accumulation_steps (int): Number of iterator batches per update.
+        accumulation_steps: Number of iterator batches per update. It is an int; or a dictionary that maps epochs,
+            counted from 0, to the number that holds from then on, such as ``{0: 1, 10: 4}``; or a function of the
+            updater that returns the number for its next update.
         micro_batch_size (int): The largest number of examples in one forward/backward pass. An iterator batch with
             more is split as evenly as can be. If ``None``, iterator batches stay whole.
         weight_func (callable): What a micro-batch counts for in the effective batch. It is called with the examples of
@@ -69,7 +72,11 @@ class AccumulatingUpdater(StandardUpdater):
         input_device: Device to which the training data is sent.
         iteration: Current number of completed updates.
         auto_new_epoch: See the argument.
-        accumulation_steps: See the argument.
+        accumulation_steps (int): Number of iterator batches in the last update, or before the first, in that. It can
+            be set to all that the argument can be, from the next update on.
+        effective_batch_size (int): Number of examples in the last update, or ``None`` if that is not known: before the
+            first, if the batches of the iterator are no lists, or if :attr:`accumulation_steps` is always one and there
+            is no :attr:`micro_batch_size`, so that ``StandardUpdater`` does it.
         micro_batch_size: See the argument.
 
     Raises:
@@ -89,7 +96,7 @@ class AccumulatingUpdater(StandardUpdater):
         auto_new_epoch: bool = True,
         *,
         input_device: Any = None,
-        accumulation_steps: int = 1,
+        accumulation_steps: Steps = 1,
         micro_batch_size: Optional[int] = None,
         weight_func: Optional[WeightFunc] = None,
         loss_reduction: str = "mean",
@@ -109,13 +116,11 @@ class AccumulatingUpdater(StandardUpdater):
             check_callable("loss_func", loss_func)
         if weight_func is not None:
             check_callable("weight_func", weight_func)
-        self._accumulation_steps = positive_int(
-            "accumulation_steps", accumulation_steps, "use 1 to disable accumulation"
-        )
+        make_schedule(accumulation_steps)  # which checks it
         self._micro_batch_size = micro_batch_size
         if micro_batch_size is not None:
-            self._micro_batch_size = positive_int(
-                "micro_batch_size", micro_batch_size, "use None to leave batches whole"
+            self._micro_batch_size = check_int(
+                "micro_batch_size", micro_batch_size, 1, "use None to leave batches whole"
             )
         check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
         check_choice("epoch_boundary", epoch_boundary, EPOCH_BOUNDARIES)
@@ -136,10 +141,18 @@ class AccumulatingUpdater(StandardUpdater):
         self._observation_rules = dict(observation_rules or {})
         # Of the last window: epoch_detail as it began, and whether an epoch ended in it. None before the first.
         self._last_window: Optional[Tuple[float, bool]] = None
+        self.effective_batch_size: Optional[int] = None
+        self.accumulation_steps = accumulation_steps
 
     @property
     def accumulation_steps(self) -> int:
-        return self._accumulation_steps
+        return self._steps
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, value: Steps) -> None:
+        schedule = make_schedule(value)
+        self._schedule, self._steps = schedule, schedule(self)
+        self._is_standard = value == 1
 
     @property
     def micro_batch_size(self) -> Optional[int]:
@@ -162,7 +175,8 @@ class AccumulatingUpdater(StandardUpdater):
     def update_core(self) -> None:
         iterator = self.get_iterator("main")
         epoch_detail = iterator.epoch_detail
-        if self._accumulation_steps == 1 and self._micro_batch_size is None:
+        self._steps = self._schedule(self)
+        if self._is_standard and self._micro_batch_size is None:
             super().update_core()
             is_new_epoch = bool(iterator.is_new_epoch)
         else:
@@ -190,11 +204,13 @@ class AccumulatingUpdater(StandardUpdater):
         except KeyError:  # a snapshot of StandardUpdater, whose iterator knows both
             previous_epoch_detail = -1.0
         self._last_window = None if previous_epoch_detail < 0 else (previous_epoch_detail, is_new_epoch)
+        if not is_saving:
+            self._steps = self._schedule(self)
 
     def _update_with_window(self) -> bool:
         micro_batches = MicroBatches(
             self.get_iterator("main"),
-            self._accumulation_steps,
+            self._steps,
             self._micro_batch_size,
             self._weight_func,
             self._epoch_boundary,
@@ -210,6 +226,7 @@ class AccumulatingUpdater(StandardUpdater):
         with update_observations.of_micro_batch(1.0):
             window.update()
         chainer.report({**observations.merged(), **update_observations.merged()})
+        self.effective_batch_size = micro_batches.examples or None
         if self.auto_new_epoch and micro_batches.is_new_epoch:
             optimizer.new_epoch(auto=True)
         return micro_batches.is_new_epoch

@@ -312,7 +312,7 @@ def test_there_is_one_all_reduce_per_window():
     [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError), (None, TypeError)],
 )
 def test_steps_that_are_no_positive_int_are_refused(steps, error):
-    with pytest.raises(error, match="accumulation_steps must be a positive int, got .*; use 1 to disable"):
+    with pytest.raises(error, match="accumulation_steps must be an int of 1 or more, got .*; use 1 to disable"):
         create_accumulating_optimizer(optimizers.SGD(), steps)
 
 

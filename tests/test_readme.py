@@ -9,6 +9,7 @@ import chainer_accum
 import chainer
 import numpy
 import pytest
+from chainer.training import Trainer
 
 from conftest import make_dataset, make_model, serial
 
@@ -28,7 +29,7 @@ def table_below(text, heading):
     return rows
 
 
-def test_the_code_runs():
+def test_the_code_runs(tmp_path):
     model = make_model()
     optimizer = chainer.optimizers.SGD().setup(model)
     x, t = chainer.dataset.concat_examples(make_dataset(8))
@@ -41,14 +42,21 @@ def test_the_code_runs():
         "convert": lambda batch, device: chainer.dataset.concat_examples(make_dataset(len(batch))),
     }
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
-    for block in blocks[:2]:
-        exec(block, namespace)
+    assert len(blocks) == 5
+    exec(blocks.pop(0), namespace)
+    namespace["trainer"] = trainer = Trainer(
+        chainer_accum.AccumulatingUpdater(serial(make_dataset(), 6), optimizer), (1, "epoch"), out=str(tmp_path)
+    )
+    exec(blocks.pop(0), namespace)
+    trainer.run()
+    assert trainer.get_extension("LogReport").log[0]["accumulation_steps"] == 1
+    updates = optimizer.t
+    exec(blocks.pop(0), namespace)
     namespace["updater"].update()
-    assert (namespace["updater"].accumulation_steps, optimizer.t) == (8, 1)
-    exec(blocks[2], namespace)
-    assert optimizer.t == 2
-    exec(blocks[3], namespace)
+    assert (namespace["updater"].accumulation_steps, optimizer.t) == (8, updates + 1)
+    exec(blocks.pop(0), namespace)
+    assert optimizer.t == updates + 2
+    exec(blocks.pop(0), namespace)
     for _ in range(8):
         namespace["optimizer"].update(model, x, t)
     assert namespace["optimizer"].t == 2

@@ -1,0 +1,5 @@
+"""Trainer extensions."""
+
+from chainer_accum.extensions.accumulate import Accumulate
+
+__all__ = ["Accumulate"]
