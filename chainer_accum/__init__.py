@@ -5,10 +5,18 @@ from chainer_accum import _compat
 _compat.restore_missing_names()
 
 from chainer_accum import extensions  # noqa: E402
+from chainer_accum.loops import setup_trainer_with_accumulation, train_model  # noqa: E402
 from chainer_accum.optimizer import create_accumulating_optimizer  # noqa: E402
 from chainer_accum.updater import AccumulatingUpdater  # noqa: E402
 from chainer_accum.window import accumulate  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["AccumulatingUpdater", "accumulate", "create_accumulating_optimizer", "extensions"]
+__all__ = [
+    "AccumulatingUpdater",
+    "accumulate",
+    "create_accumulating_optimizer",
+    "extensions",
+    "setup_trainer_with_accumulation",
+    "train_model",
+]
