@@ -87,7 +87,7 @@ class _Value:
         if _has_weight(reported):
             reported, weight = reported
         scalar = chainer.as_array(reported)
-        if self._rule == "last" or not _is_scalar(scalar):
+        if self._rule == "last" or not is_scalar(scalar):
             return
         with device_of(scalar):
             if self._rule == "sum":
@@ -103,7 +103,7 @@ class _Value:
     def merged(self) -> Any:
         value, weight = self._last if _has_weight(self._last) else (self._last, None)
         scalar = chainer.as_array(value)
-        if self._reports == 1 or self._rule == "last" or not _is_scalar(scalar):
+        if self._reports == 1 or self._rule == "last" or not is_scalar(scalar):
             return self._last
         with device_of(scalar):
             if self._rule == "sum":
@@ -114,7 +114,8 @@ class _Value:
         return mean if weight is None else (mean, self._weight)
 
 
-def _is_scalar(value: Any) -> bool:
+def is_scalar(value: Any) -> bool:
+    """Returns whether the value is a number or a zero-dimensional array of one."""
     return (getattr(value, "ndim", -1) == 0 and value.dtype.kind in "biufc") or isinstance(value, numbers.Number)
 
 
@@ -123,7 +124,7 @@ def _is_zero(weight: Any) -> bool:
 
 
 def _has_weight(reported: Any) -> bool:
-    return isinstance(reported, tuple) and len(reported) == 2 and _is_scalar(chainer.as_array(reported[0]))
+    return isinstance(reported, tuple) and len(reported) == 2 and is_scalar(chainer.as_array(reported[0]))
 
 
 def _times(scalar: Any, weight: Any) -> Any:

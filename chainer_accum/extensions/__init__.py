@@ -1,5 +1,7 @@
 """Trainer extensions."""
 
 from chainer_accum.extensions.accumulate import Accumulate
+from chainer_accum.extensions.example_mean import ExampleMean
+from chainer_accum.extensions.tensorboard_report import TensorBoardReport
 
-__all__ = ["Accumulate"]
+__all__ = ["Accumulate", "ExampleMean", "TensorBoardReport"]

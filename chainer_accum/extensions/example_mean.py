@@ -1,0 +1,64 @@
+"""ExampleMean: the mean of a value over all examples of an epoch."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import chainer
+from chainer.training import extension
+from chainer.training import trigger as trigger_module
+
+from chainer_accum.updater import AccumulatingUpdater
+
+
+class ExampleMean(extension.Extension):
+    """Trainer extension to report the mean of an observed value over examples rather than over updates.
+
+    :class:`~chainer.training.extensions.LogReport` averages over updates, in which an effective batch that the end of
+    an epoch or of the data cut short counts as much as a whole one, and a small one early in a schedule as much as a
+    large one later. This mean is weighted by the examples of each update. The Trainer needs an
+    :class:`~chainer_accum.AccumulatingUpdater` that counts them: see its attribute ``effective_batch_size``.
+
+    Args:
+        key (str): Key of the observed value, such as ``'main/loss'``.
+        result_key (str): Key of the mean. By default, ``key`` and ``'/example_mean'``.
+        trigger: Trigger that decides when to report the mean, and to begin anew. By default, once per epoch.
+
+    """
+
+    priority = extension.PRIORITY_EDITOR
+
+    def __init__(self, key: str, result_key: Optional[str] = None, trigger: Any = (1, "epoch")) -> None:
+        self.name = f"example_mean:{key}"
+        self._key = key
+        self._result_key = f"{key}/example_mean" if result_key is None else result_key
+        self._trigger = trigger_module.get_trigger(trigger)
+        self._summary = chainer.reporter.Summary()
+
+    def initialize(self, trainer: Any) -> None:
+        """Checks that the updater counts examples."""
+        if not isinstance(trainer.updater, AccumulatingUpdater):
+            raise TypeError(
+                f"the Trainer's updater must count examples, got {type(trainer.updater).__name__}; "
+                "use chainer_accum.AccumulatingUpdater"
+            )
+
+    def __call__(self, trainer: Any) -> None:
+        """Adds the value of the last update, and reports the mean if it is time."""
+        if self._key in trainer.observation:
+            examples = trainer.updater.effective_batch_size
+            if examples is None:
+                raise ValueError(
+                    "effective_batch_size must be known, got None; let the iterator return lists, and for single "
+                    "batches give the updater accumulation_steps={0: 1}"
+                )
+            self._summary.add(chainer.as_array(trainer.observation[self._key]), examples)
+        if self._trigger(trainer):
+            chainer.report({self._result_key: self._summary.compute_mean()})
+            self._summary = chainer.reporter.Summary()
+
+    def serialize(self, serializer: Any) -> None:
+        """Serializes the sums and the trigger."""
+        self._summary.serialize(serializer["summary"])
+        if hasattr(self._trigger, "serialize"):
+            self._trigger.serialize(serializer["trigger"])

@@ -1,0 +1,69 @@
+"""TensorBoardReport: what is observed, written to TensorBoard's event files."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Optional, Sequence
+
+import chainer
+from chainer.training import extension
+
+from chainer_accum.observations import is_scalar
+
+
+class TensorBoardReport(extension.Extension):
+    """Trainer extension to write observed scalars to TensorBoard event files.
+
+    The step of a value is the number of updates, so the curves of runs with and without accumulation can be laid over
+    one another. The files are written by tensorboardX, which the extra ``tensorboard`` of this package installs.
+
+    Args:
+        log_dir (str): Folder of the event files. By default, ``tensorboard`` in the folder of the Trainer.
+        keys (sequence of str): Keys of the values to write, such as ``'main/loss'``. By default, all scalars.
+        trigger: Trigger that decides when to write. By default, after each update.
+
+    Raises:
+        ImportError: If tensorboardX is not installed.
+
+    """
+
+    default_name = "tensorboard_report"
+    priority = extension.PRIORITY_READER
+
+    def __init__(
+        self, log_dir: Optional[str] = None, keys: Optional[Sequence[str]] = None, trigger: Any = (1, "iteration")
+    ) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "TensorBoardReport needs tensorboardX; install it with: pip install 'tensorboardX>=2.6'"
+            ) from error
+        self._writer_class = SummaryWriter
+        self._log_dir = log_dir
+        self._keys = keys
+        self.trigger = trigger
+        self._writer: Optional[Any] = None
+
+    def initialize(self, trainer: Any) -> None:
+        """Opens a new event file; one of a run that is resumed goes on from where the snapshot was taken."""
+        log_dir = os.path.join(trainer.out, "tensorboard") if self._log_dir is None else self._log_dir
+        self._writer = self._writer_class(log_dir, purge_step=trainer.updater.iteration + 1)
+
+    def __call__(self, trainer: Any) -> None:
+        """Writes the observation."""
+        assert self._writer is not None, "initialize comes first"
+        for key, value in trainer.observation.items():
+            if self._keys is not None and key not in self._keys:
+                continue
+            if isinstance(value, tuple):  # with a weight of its own
+                value = value[0]
+            scalar = chainer.as_array(value)
+            if is_scalar(scalar):
+                self._writer.add_scalar(key, float(scalar), trainer.updater.iteration)
+
+    def finalize(self) -> None:
+        """Closes the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
