@@ -7,7 +7,9 @@ from typing import Any, Tuple
 
 
 def check_set_up(optimizer: Any, name: str) -> None:
-    """Raises ValueError unless the optimizer has been set up with a model."""
+    """Raises TypeError for a class, and ValueError unless the optimizer has been set up with a model."""
+    if isinstance(optimizer, type):
+        raise TypeError(f"{name} must be an instance, got the class {optimizer.__name__}; write {optimizer.__name__}()")
     if getattr(optimizer, "target", None) is None:
         raise ValueError(
             f"{name} must be set up with a model, got {type(optimizer).__name__} without one; "
@@ -15,12 +17,9 @@ def check_set_up(optimizer: Any, name: str) -> None:
         )
 
 
-def check_callable(name: str, value: Any) -> None:
+def check_callable(name: str, value: Any, remedy: str = "pass a function") -> None:
     """Raises TypeError unless the value can be called."""
     if not callable(value):
-        remedy = "pass a function"
-        if isinstance(value, int):
-            remedy = f"to accumulate, pass accumulation_steps={value} or micro_batch_size={value} by keyword"
         raise TypeError(f"{name} must be callable, got {value!r}; {remedy}")
 
 

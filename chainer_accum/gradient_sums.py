@@ -25,6 +25,9 @@ from chainer.functions.connection.linear import LinearFunction
 from chainer_accum._blas import add_matrix_product
 from chainer_accum._devices import device_of
 
+# What a linear function does in its backward pass, as far as it is Chainer's own and not one that replaces it.
+_LINEAR_BACKWARD = LinearFunction.backward
+
 
 class GradientSums:
     """Sums of the gradients of all parameters of a link, in float32 or wider.
@@ -131,8 +134,13 @@ class _AddWhereBorn(chainer.FunctionHook):
 
     def backward_preprocess(self, function: chainer.FunctionNode, in_data: Any, out_grad: Any) -> None:
         self._depth += 1
-        # A backward pass within the backward pass wants its gradients for itself.
-        if self._depth == 1 and not self._params.keys().isdisjoint(function.inputs):
+        # A backward pass within the backward pass wants its gradients for itself, and a function that somebody else has
+        # given another backward keeps it: what they leave in param.grad is added in the end.
+        if (
+            self._depth == 1
+            and not self._params.keys().isdisjoint(function.inputs)
+            and "backward" not in vars(function)
+        ):
             self._function = function
             function.backward = functools.partial(self._backward, function, in_data)
 
@@ -155,7 +163,7 @@ class _AddWhereBorn(chainer.FunctionHook):
         grad_outputs: Tuple[Any, ...],
     ) -> Sequence[Optional[chainer.Variable]]:
         inputs = function.inputs
-        if isinstance(function, LinearFunction):
+        if type(function).backward is _LINEAR_BACKWARD:
             indexes = self._add_linear(inputs, in_data[0], grad_outputs[0].array, indexes)
         grads = type(function).backward(function, indexes, grad_outputs)
         if len(grads) not in (len(inputs), len(indexes)):

@@ -88,7 +88,7 @@ class MicroBatches:
     def _split(self, batch: Any) -> List[Any]:
         if self._micro_batch_size is None:
             return [batch]
-        size = _count(batch, "micro_batch_size", "use accumulation_steps alone")
+        size = _count(batch, "to be split, a batch", "use accumulation_steps and no micro_batch_size")
         # Parts as even as can be: none so small that its batch statistics are worth nothing.
         parts = -(-size // self._micro_batch_size)
         ends = [size * (part + 1) // parts for part in range(parts)]
@@ -96,7 +96,7 @@ class MicroBatches:
 
     def _weigh(self, examples: Any) -> float:
         if self._weight_func is None:
-            return float(_count(examples, "weight_func", "pass a function that returns the weight of such a batch"))
+            return float(_count(examples, "to be weighted by its examples, a batch", "pass a weight_func"))
         return check_weight(self._weight_func(examples), "the value of weight_func")
 
 
@@ -105,11 +105,9 @@ def _is_list(batch: Any) -> bool:
     return hasattr(batch, "__len__") and not isinstance(batch, (tuple, dict))
 
 
-def _count(batch: Any, argument: str, remedy: str) -> int:
+def _count(batch: Any, what: str, remedy: str) -> int:
     if not _is_list(batch):
-        raise TypeError(
-            f"the iterator must return a list of examples for this {argument}, got a {type(batch).__name__}; {remedy}"
-        )
+        raise TypeError(f"{what} must be a list of examples, got a {type(batch).__name__} from the iterator; {remedy}")
     size = len(batch)
     if size == 0:
         raise ValueError(f"the iterator returned an empty batch, got {batch!r}; check the dataset, which may be empty")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import numbers
 from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Tuple
 
 import chainer
@@ -32,8 +33,8 @@ class AccumulatingUpdater(StandardUpdater):
 
     If there are several iterators or optimizers by name, the main ones are used, as in ``StandardUpdater``.
 
-    If anything raises while a window is under way, its examples are dropped, and parameters, optimizer and reporter are
-    as before it.
+    If the iterator, the converter, a forward or a backward pass raises, the examples of that update are dropped, and
+    parameters, optimizer and reporter are as before it.
 
     Args:
         iterator: Dataset iterator for the training dataset, or a dictionary that maps strings to iterators.
@@ -106,12 +107,12 @@ class AccumulatingUpdater(StandardUpdater):
     ) -> None:
         _check_no_unknown(unknown)
         iterators = iterator if isinstance(iterator, dict) else {"main": iterator}
-        _check_main("iterator", iterators, "an iterator", "next")
+        _check_main("iterator", iterators, "an iterator", "next", "make a SerialIterator of the dataset")
         optimizers = optimizer if isinstance(optimizer, dict) else {"main": optimizer}
-        _check_main("optimizer", optimizers, "an optimizer", "update")
+        _check_main("optimizer", optimizers, "an optimizer", "update", "the optimizer comes second")
         for name, each in optimizers.items():
             check_set_up(each, f"optimizer {name!r}")
-        check_callable("converter", converter)
+        check_callable("converter", converter, "to accumulate, pass accumulation_steps or micro_batch_size by keyword")
         if loss_func is not None:
             check_callable("loss_func", loss_func)
         if weight_func is not None:
@@ -125,6 +126,7 @@ class AccumulatingUpdater(StandardUpdater):
         check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
         check_choice("epoch_boundary", epoch_boundary, EPOCH_BOUNDARIES)
         _check_rules(observation_rules)
+        _check_loss_scale(loss_scale)
         super().__init__(
             iterators,
             optimizers,
@@ -140,7 +142,7 @@ class AccumulatingUpdater(StandardUpdater):
         self._epoch_boundary = epoch_boundary
         self._observation_rules = dict(observation_rules or {})
         # Of the last window: epoch_detail as it began, and whether an epoch ended in it. None before the first.
-        self._last_window: Optional[Tuple[float, bool]] = None
+        self._last_window: Optional[Tuple[Optional[float], bool]] = None
         self.effective_batch_size: Optional[int] = None
         self.accumulation_steps = accumulation_steps
 
@@ -174,7 +176,7 @@ class AccumulatingUpdater(StandardUpdater):
 
     def update_core(self) -> None:
         iterator = self.get_iterator("main")
-        epoch_detail = iterator.epoch_detail
+        epoch_detail = getattr(iterator, "epoch_detail", None)  # StandardUpdater does not need it, either
         self._steps = self._schedule(self)
         if self._is_standard and self._micro_batch_size is None:
             super().update_core()
@@ -197,7 +199,9 @@ class AccumulatingUpdater(StandardUpdater):
         """
         super().serialize(serializer)
         is_saving = isinstance(serializer, chainer.Serializer)
-        previous_epoch_detail, is_new_epoch = (is_saving and self._last_window) or (-1.0, False)
+        previous_epoch_detail, is_new_epoch = (is_saving and self._last_window) or (None, False)
+        if previous_epoch_detail is None:
+            previous_epoch_detail = -1.0
         try:
             previous_epoch_detail = serializer("previous_epoch_detail", previous_epoch_detail)
             is_new_epoch = serializer("is_new_epoch", is_new_epoch)
@@ -249,11 +253,11 @@ def _check_no_unknown(unknown: Dict[str, Any]) -> None:
         raise TypeError(f"{name} is not an argument of AccumulatingUpdater, got {name}={value!r}; {remedy}")
 
 
-def _check_main(name: str, by_name: Dict[str, Any], what: str, method: str) -> None:
+def _check_main(name: str, by_name: Dict[str, Any], what: str, method: str, remedy: str) -> None:
     if "main" not in by_name:
         raise ValueError(f"{name} must have the key 'main', got the keys {sorted(by_name)}; name the one to train with")
     if not callable(getattr(by_name["main"], method, None)):
-        raise TypeError(f"{name} must be {what} or a dict of them, got {by_name['main']!r}")
+        raise TypeError(f"{name} must be {what} or a dict of them, got {by_name['main']!r}; {remedy}")
 
 
 def _check_rules(rules: Any) -> None:
@@ -263,3 +267,11 @@ def _check_rules(rules: Any) -> None:
         raise TypeError(f"observation_rules must be a dict, got {rules!r}; map keys such as 'main/loss' to a rule")
     for key, rule in rules.items():
         check_choice(f"observation_rules[{key!r}]", rule, OBSERVATION_RULES)
+
+
+def _check_loss_scale(loss_scale: Any) -> None:
+    if loss_scale is not None and not (isinstance(loss_scale, numbers.Real) and float(loss_scale) > 0):
+        raise ValueError(
+            f"loss_scale must be a positive number, got {loss_scale!r}; "
+            "for dynamic scaling, call optimizer.loss_scaling()"
+        )

@@ -212,7 +212,8 @@ def check_weight(weight: Any, name: str) -> float:
         ValueError: If it is negative or not finite.
 
     """
-    if not isinstance(weight, numbers.Real) and getattr(weight, "ndim", -1) != 0:
+    is_array = not isinstance(weight, chainer.Variable) and getattr(weight, "ndim", -1) == 0
+    if not isinstance(weight, numbers.Real) and not is_array:
         raise TypeError(f"{name} must be a number, got {weight!r}; give the number of examples, tokens or valid labels")
     value = float(weight)
     if not (math.isfinite(value) and value >= 0):
@@ -224,7 +225,7 @@ def _check_loss(loss: Any, weight: float) -> None:
     if not isinstance(loss, chainer.Variable):
         raise TypeError(
             f"the loss function must return a chainer.Variable, got {type(loss).__name__}; "
-            "return the loss itself, not its array"
+            "return the loss as one scalar Variable"
         )
     if loss.array is None or loss.array.size != 1:
         shape = None if loss.array is None else loss.shape

@@ -11,6 +11,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy
 import pytest
+from chainer.functions.connection.linear import LinearFunction
 from chainer_accum.gradient_sums import GradientSums
 
 
@@ -81,6 +82,28 @@ class AllGradients(chainer.FunctionNode):
         return grad_outputs[0] * w, grad_outputs[0] * x
 
 
+class HalvedLinear(LinearFunction):
+    """A linear function with a backward pass of its own."""
+
+    def backward(self, indexes, grad_outputs):
+        return [grad * 0.5 for grad in super().backward(indexes, grad_outputs)]
+
+
+class NegatedLinear(LinearFunction):
+    """A linear function with a forward pass of its own and the backward pass of Chainer's."""
+
+    def forward(self, inputs):
+        return (-super().forward(inputs)[0],)
+
+
+def with_backward_of_the_instance(model):
+    """Returns a loss of which one function was given a backward pass by hand."""
+    function = LinearFunction()
+    backward = function.backward
+    function.backward = lambda indexes, grad_outputs: [grad * 3 for grad in backward(indexes, grad_outputs)]
+    return F.sum(function.apply((vectors, model.linear.W, model.linear.b))[0] ** 2)
+
+
 class InnerGradient(chainer.FunctionNode):
     """A function whose backward pass asks for the gradient of a parameter in a graph of its own."""
 
@@ -108,6 +131,9 @@ LOSSES = {
     "gradient that is read-only": lambda model: F.sum(model.a),
     "gradient that is broadcast into a matrix product": lambda model: F.sum(F.linear(vectors, model.a)),
     "two parameters in one function": lambda model: F.sum(model.a * model.b),
+    "linear with a backward of its own": lambda model: F.sum(HalvedLinear().apply((vectors, model.a))[0] ** 2),
+    "linear with a forward of its own": lambda model: F.sum(NegatedLinear().apply((vectors, model.a))[0] ** 2),
+    "backward of the instance": with_backward_of_the_instance,
     "weight that is computed": lambda model: F.sum(F.linear(vectors, model.a * 2) ** 2),
     "input that is a parameter": lambda model: F.sum(F.linear(model.a, model.b) ** 2),
     "forget": lambda model: F.sum(F.forget(lambda x: model.linear(x) * F.sum(model.a), vectors) ** 2),
@@ -162,6 +188,19 @@ def test_float16_gradients_are_added_in_float32():
         sums.add(param, one)
     assert sums.get(param).dtype == numpy.float32
     assert sums.get(param)[0] == 4096
+
+
+def test_a_backward_that_was_replaced_in_chainer_is_called(monkeypatch):
+    backward = LinearFunction.backward
+    calls = []
+
+    def counting(self, indexes, grad_outputs):
+        calls.append(indexes)
+        return backward(self, indexes, grad_outputs)
+
+    monkeypatch.setattr(LinearFunction, "backward", counting)
+    sums_of(Model(), [LOSSES["linear"]] * 2)
+    assert calls == [(1, 2)] * 2
 
 
 @pytest.mark.parametrize("name", ["linear", "gradient that is broadcast into a matrix product"])

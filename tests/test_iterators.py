@@ -341,3 +341,18 @@ def test_a_flushing_window_that_ends_with_the_data_asks_for_nothing_more() -> No
         "epoch_detail": 1.0,
         "previous_epoch_detail": 48 / 50,
     }
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"accumulation_steps": 2}])
+def test_an_iterator_without_epoch_detail_will_do(kwargs):
+    class Minimal(chainer.dataset.Iterator):
+        epoch = 0
+        is_new_epoch = False
+
+        def __next__(self):
+            return make_dataset(4)
+
+    updater = make_updater(AccumulatingUpdater, Minimal(), chainer.optimizers.SGD(), **kwargs)
+    updater.update()
+    assert updater.iteration == 1
+    assert updater.previous_epoch_detail is None

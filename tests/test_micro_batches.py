@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import chainer_accum  # noqa: F401
+import chainer
 import numpy
 import pytest
 from chainer_accum.micro_batches import MicroBatches
@@ -101,10 +101,10 @@ def test_an_array_of_examples_is_split_like_a_list():
 
 def test_a_batch_that_is_no_list_needs_weight_func_and_nothing_more():
     batch = numpy.zeros((3, 2)), numpy.zeros(3)
-    with pytest.raises(TypeError, match="list of examples for this weight_func, got a tuple; pass a function"):
+    with pytest.raises(TypeError, match="must be a list of examples, got a tuple from the iterator; pass a w"):
         MicroBatches(Counting(batch))
     assert [micro_batch.weight for micro_batch in MicroBatches(Counting(batch), weight_func=lambda b: len(b[0]))] == [3]
-    with pytest.raises(TypeError, match="micro_batch_size, got a tuple; use accumulation_steps"):
+    with pytest.raises(TypeError, match="must be a list of examples, got a tuple .*; use accumulation_steps"):
         MicroBatches(Counting(batch), micro_batch_size=2, weight_func=lambda b: len(b[0]))
     with pytest.raises(TypeError, match="got a dict"):
         MicroBatches(Counting({"x": numpy.zeros(3)}))
@@ -116,7 +116,10 @@ def test_an_empty_batch_is_refused(micro_batch_size):
         MicroBatches(Counting([]), micro_batch_size=micro_batch_size)
 
 
-@pytest.mark.parametrize("weight, error", [(-1.0, ValueError), (numpy.nan, ValueError), ("many", TypeError)])
+@pytest.mark.parametrize(
+    "weight, error",
+    [(-1.0, ValueError), (numpy.nan, ValueError), ("many", TypeError), (chainer.Variable(numpy.ones(())), TypeError)],
+)
 def test_a_weight_that_is_none_is_refused(weight, error):
     with pytest.raises(error, match="the value of weight_func must be"):
         MicroBatches(Counting([1, 2]), weight_func=lambda examples: weight)

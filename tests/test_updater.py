@@ -300,7 +300,7 @@ BAD_ARGUMENTS = {
     "an int in the place of the converter": (
         lambda it, opt: AccumulatingUpdater(it, opt, 4),
         TypeError,
-        "converter must be callable, got 4; to accumulate, pass accumulation_steps=4",
+        "converter must be callable, got 4; to accumulate, pass accumulation_steps or micro_batch_size by keyword",
     ),
     "a misspelled keyword": (
         lambda it, opt: AccumulatingUpdater(it, opt, accum_steps=4),
@@ -335,7 +335,7 @@ BAD_ARGUMENTS = {
     "a dataset in the place of the iterator": (
         lambda it, opt: AccumulatingUpdater([1, 2], opt),
         TypeError,
-        r"iterator must be an iterator or a dict of them, got \[1, 2\]",
+        r"iterator must be an iterator or a dict of them, got \[1, 2\]; make a SerialIterator",
     ),
     "a model in the place of the optimizer": (
         lambda it, opt: AccumulatingUpdater(it, make_model()),
@@ -351,6 +351,16 @@ BAD_ARGUMENTS = {
         lambda it, opt: AccumulatingUpdater(it, opt, weight_func=0.5),
         TypeError,
         "weight_func must be callable, got 0.5",
+    ),
+    "the class of an optimizer": (
+        lambda it, opt: AccumulatingUpdater(it, optimizers.Adam),
+        TypeError,
+        r"optimizer 'main' must be an instance, got the class Adam; write Adam\(\)",
+    ),
+    "a loss scale that is no number": (
+        lambda it, opt: AccumulatingUpdater(it, opt, loss_scale="dynamic"),
+        ValueError,
+        r"loss_scale must be a positive number, got 'dynamic'; for dynamic scaling, call optimizer.loss_scaling\(\)",
     ),
     "an unknown reduction": (
         lambda it, opt: AccumulatingUpdater(it, opt, loss_reduction="max"),
