@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -198,18 +199,17 @@ class AccumulatingUpdater(StandardUpdater):
 
         """
         super().serialize(serializer)
-        is_saving = isinstance(serializer, chainer.Serializer)
-        previous_epoch_detail, is_new_epoch = (is_saving and self._last_window) or (None, False)
-        if previous_epoch_detail is None:
-            previous_epoch_detail = -1.0
-        try:
-            previous_epoch_detail = serializer("previous_epoch_detail", previous_epoch_detail)
-            is_new_epoch = serializer("is_new_epoch", is_new_epoch)
-        except KeyError:  # a snapshot of StandardUpdater, whose iterator knows both
-            previous_epoch_detail = -1.0
-        self._last_window = None if previous_epoch_detail < 0 else (previous_epoch_detail, is_new_epoch)
-        if not is_saving:
-            self._steps = self._schedule(self)
+        if isinstance(serializer, chainer.Serializer):
+            epoch_detail, is_new_epoch = self._last_window or (None, False)
+            serializer("previous_epoch_detail", -1.0 if epoch_detail is None else epoch_detail)
+            serializer("is_new_epoch", is_new_epoch)
+            return
+        self._last_window = None
+        with contextlib.suppress(KeyError):  # a snapshot of StandardUpdater, whose iterator knows both
+            epoch_detail = serializer("previous_epoch_detail", -1.0)
+            if epoch_detail >= 0:
+                self._last_window = epoch_detail, serializer("is_new_epoch", False)
+        self._steps = self._schedule(self)
 
     def _update_with_window(self) -> bool:
         micro_batches = MicroBatches(
@@ -225,7 +225,7 @@ class AccumulatingUpdater(StandardUpdater):
         for micro_batch in micro_batches:
             with observations.of_micro_batch(micro_batch.weight):
                 window.add(self._bind_loss(micro_batch.examples), weight=micro_batch.weight)
-            del micro_batch
+            del micro_batch  # its examples are not to be held while the next are read
         update_observations = Observations()
         with update_observations.of_micro_batch(1.0):
             window.update()
