@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any, Tuple
+
+import chainer
 
 
 def check_set_up(optimizer: Any, name: str) -> None:
@@ -37,3 +40,14 @@ def check_int(name: str, value: Any, least: int, remedy: str) -> int:
     if value < least:
         raise ValueError(message)
     return int(value)
+
+
+def check_weight(weight: Any, name: str) -> float:
+    """Returns the weight as a float, or raises TypeError or ValueError unless it is a finite number of 0 or more."""
+    is_array = not isinstance(weight, chainer.Variable) and getattr(weight, "ndim", -1) == 0
+    if not isinstance(weight, numbers.Real) and not is_array:
+        raise TypeError(f"{name} must be a number, got {weight!r}; give the number of examples, tokens or valid labels")
+    value = float(weight)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}; use 0 to leave a micro-batch out")
+    return value

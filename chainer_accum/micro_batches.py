@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional
 
-from chainer_accum.window import check_weight
+from chainer_accum._arguments import check_weight
 
 EPOCH_BOUNDARIES = ("carry", "flush")
 

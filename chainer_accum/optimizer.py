@@ -10,8 +10,8 @@ from typing import Any, Callable, Optional
 
 import chainer
 
-from chainer_accum._arguments import check_choice, check_int, check_set_up
-from chainer_accum.window import LOSS_REDUCTIONS, Window, check_weight
+from chainer_accum._arguments import check_choice, check_int, check_set_up, check_weight
+from chainer_accum.window import LOSS_REDUCTIONS, Window
 
 
 def create_accumulating_optimizer(

@@ -8,14 +8,12 @@ has changed, so a window that fails is one that is dropped.
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 from typing import Any, Callable, Iterator, Optional
 
 import chainer
 import numpy
 
-from chainer_accum._arguments import check_choice, check_set_up
+from chainer_accum._arguments import check_choice, check_set_up, check_weight
 from chainer_accum._devices import device_of
 from chainer_accum.gradient_sums import GradientSums
 
@@ -202,23 +200,6 @@ def accumulate(
     yield window
     if window.micro_batches > 0:
         window.update()
-
-
-def check_weight(weight: Any, name: str) -> float:
-    """Returns ``weight`` as a float.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is negative or not finite.
-
-    """
-    is_array = not isinstance(weight, chainer.Variable) and getattr(weight, "ndim", -1) == 0
-    if not isinstance(weight, numbers.Real) and not is_array:
-        raise TypeError(f"{name} must be a number, got {weight!r}; give the number of examples, tokens or valid labels")
-    value = float(weight)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative, got {value}; use 0 to leave a micro-batch out")
-    return value
 
 
 def _check_loss(loss: Any, weight: float) -> None:

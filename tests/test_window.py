@@ -12,7 +12,8 @@ import chainer.links as L
 import numpy
 import pytest
 from chainer import optimizers
-from chainer_accum.window import Window, accumulate, check_weight
+from chainer_accum._arguments import check_weight
+from chainer_accum.window import Window, accumulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
