@@ -26,7 +26,7 @@ types: $(READY)
 	$(RUN) mypy
 
 docs: $(READY)
-	$(addprefix $(RUN) pytest ,$(wildcard tests/test_readme.py))
+	$(RUN) pytest tests/test_readme.py tests/test_docs.py
 
 # The ends of the range of Pythons that this machine has, the lower one with the oldest NumPy.
 oldest:
