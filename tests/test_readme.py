@@ -76,7 +76,9 @@ def test_the_one_line_change_is_one_line_that_runs():
     assert namespace["updater"].iteration == 1
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *("benchmarks/README.md",)])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "examples/README.md"]
+)
 def test_links_lead_somewhere(name):
     path = ROOT / name
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
