@@ -32,6 +32,12 @@ def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_bool(name: str, value: Any, remedy: str) -> None:
+    """Raises TypeError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}; {remedy}")
+
+
 def check_int(name: str, value: Any, least: int, remedy: str) -> int:
     """Returns the value as an int, or raises TypeError or ValueError unless it is one and ``least`` or more."""
     message = f"{name} must be an int of {least} or more, got {value!r}; {remedy}"

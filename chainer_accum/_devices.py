@@ -1,12 +1,14 @@
-"""The device on which to compute with an array."""
+"""Devices: the one on which to compute with an array, when one is done, and what it keeps in reserve."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 from typing import Any, ContextManager
 
 import chainer
 import numpy
+from chainer.backends import cuda
 
 _HOST: ContextManager[Any] = contextlib.nullcontext()
 
@@ -21,3 +23,17 @@ def device_of(array: Any) -> ContextManager[Any]:
         return _HOST
     device: ContextManager[Any] = chainer.using_device(chainer.backend.get_device_from_array(array))
     return device
+
+
+def synchronize(device: Any) -> None:
+    """Waits until a device has done all that it was told to."""
+    if isinstance(device, cuda.GpuDevice):
+        device.device.synchronize()
+
+
+def free_memory() -> None:
+    """Gives back what is held by objects that nothing refers to any more, and by CuPy for later use."""
+    gc.collect()
+    if cuda.available:
+        cuda.memory_pool.free_all_blocks()
+        cuda.pinned_memory_pool.free_all_blocks()

@@ -7,7 +7,7 @@ batch only to see whether there is one.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Hashable, Iterator, List, NamedTuple, Optional
 
 from chainer_accum._arguments import check_weight
 
@@ -36,10 +36,14 @@ class MicroBatches:
         micro_batch_size (int): The most examples in a micro-batch, or ``None`` to leave iterator batches whole.
         weight_func (callable): Maps the examples of a micro-batch to its weight, or ``None`` to count the examples.
         epoch_boundary (str): ``'carry'`` or ``'flush'``.
+        is_repeatable (bool): Whether the iterator batches are kept, so that the iteration can begin again.
 
     Attributes:
+        is_repeatable (bool): See the argument.
         is_new_epoch (bool): Whether an epoch ended with one of the iterator batches read so far.
         examples (int): How many examples have been read so far, as far as batches are lists of them.
+        largest_batch (int): How many of them were in the largest iterator batch.
+        shapes: Shapes of the arrays in the first example.
         expected_weight (float): What the weights of the window add up to if every iterator batch is like the first one,
             or ``None`` if that one counts for nothing.
 
@@ -55,49 +59,75 @@ class MicroBatches:
         micro_batch_size: Optional[int] = None,
         weight_func: Optional[WeightFunc] = None,
         epoch_boundary: str = "carry",
+        is_repeatable: bool = False,
     ) -> None:
         self._iterator = iterator
         self._accumulation_steps = accumulation_steps
         self._micro_batch_size = micro_batch_size
         self._weight_func = weight_func
         self._flushes = epoch_boundary == "flush"
+        self.is_repeatable = is_repeatable
+        self._batches: List[Any] = []
+        self._parts: List[List[MicroBatch]] = []
         self.is_new_epoch = False
         self.examples = 0
-        self._fetched = self._fetch()
-        weight = sum(micro_batch.weight for micro_batch in self._fetched)
+        self.largest_batch = 0
+        self._read()
+        first = self._parts[0][0].examples
+        self.shapes: Hashable = _shapes(first[0]) if _is_list(first) else None
+        weight = sum(micro_batch.weight for micro_batch in self._parts[0])
         self.expected_weight: Optional[float] = accumulation_steps * weight or None
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for step in range(self._accumulation_steps):
-            if step > 0:
+            if step == len(self._parts):
                 if self._flushes and self.is_new_epoch:
                     return
                 try:
-                    self._fetched = self._fetch()
+                    self._read()
                 except StopIteration:
                     return
-            while self._fetched:  # what has been handed out is no longer held here
-                yield self._fetched.pop(0)
+            parts = list(self._parts[step]) if self.is_repeatable else self._parts[step]
+            while parts:  # what has been handed out is no longer held here, unless it may be asked for again
+                yield parts.pop(0)
 
-    def _fetch(self) -> List[MicroBatch]:
+    def begin_again(self, micro_batch_size: Optional[int]) -> None:
+        """Lets the next iteration begin with the first iterator batch again, and split to another size."""
+        self._micro_batch_size = micro_batch_size
+        self._parts = [self._split(batch) for batch in self._batches]
+
+    def _read(self) -> None:
         batch = self._iterator.next()
         self.is_new_epoch = self.is_new_epoch or bool(self._iterator.is_new_epoch)
-        self.examples += len(batch) if _is_list(batch) else 0
-        return [MicroBatch(examples, self._weigh(examples)) for examples in self._split(batch)]
+        size = len(batch) if _is_list(batch) else 0
+        self.examples += size
+        self.largest_batch = max(self.largest_batch, size)
+        if self.is_repeatable:
+            self._batches.append(batch)
+        self._parts.append(self._split(batch))
 
-    def _split(self, batch: Any) -> List[Any]:
+    def _split(self, batch: Any) -> List[MicroBatch]:
         if self._micro_batch_size is None:
-            return [batch]
+            return [MicroBatch(batch, self._weigh(batch))]
         size = _count(batch, "to be split, a batch", "use accumulation_steps and no micro_batch_size")
         # Parts as even as can be: none so small that its batch statistics are worth nothing.
-        parts = -(-size // self._micro_batch_size)
-        ends = [size * (part + 1) // parts for part in range(parts)]
-        return [batch[start:end] for start, end in zip([0, *ends], ends)]
+        count = -(-size // self._micro_batch_size)
+        ends = [size * (part + 1) // count for part in range(count)]
+        parts = [batch[start:end] for start, end in zip([0, *ends], ends)]
+        return [MicroBatch(examples, self._weigh(examples)) for examples in parts]
 
     def _weigh(self, examples: Any) -> float:
         if self._weight_func is None:
             return float(_count(examples, "to be weighted by its examples, a batch", "pass a weight_func"))
         return check_weight(self._weight_func(examples), "the value of weight_func")
+
+
+def _shapes(example: Any) -> Hashable:
+    if isinstance(example, (tuple, list)):
+        return tuple(map(_shapes, example))
+    if isinstance(example, dict):
+        return tuple((key, _shapes(value)) for key, value in example.items())
+    return getattr(example, "shape", ())
 
 
 def _is_list(batch: Any) -> bool:

@@ -35,22 +35,21 @@ class Observations:
         self._values: Dict[str, _Value] = {}
 
     @contextlib.contextmanager
-    def of_micro_batch(self, weight: float) -> Iterator[None]:
-        """Returns a context in which what is reported counts as one micro-batch of that weight.
-
-        What was reported in a context that raises is dropped.
-
-        """
+    def collecting(self) -> Iterator[Dict[str, Any]]:
+        """Returns a context that returns a dictionary, in which is, after it, what was reported in the context."""
         for value in self._values.values():
             value.drop_graph()
+        observation: Dict[str, Any] = {}
         try:
             reporter = chainer.get_current_reporter()
         except IndexError:  # there is none, and nothing to collect
-            yield
+            yield observation
             return
-        observation: Dict[str, Any] = {}
         with reporter.scope(observation):
-            yield
+            yield observation
+
+    def add(self, observation: Mapping[str, Any], weight: float) -> None:
+        """Adds what was reported of one micro-batch."""
         for key, reported in observation.items():
             if key not in self._values:
                 self._values[key] = _Value(self._rules.get(key, "mean"))

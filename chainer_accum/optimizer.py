@@ -11,11 +11,12 @@ from typing import Any, Callable, Optional
 import chainer
 
 from chainer_accum._arguments import check_choice, check_int, check_set_up, check_weight
-from chainer_accum.window import LOSS_REDUCTIONS, Window
+from chainer_accum.mixed_precision import serialize_mixed_precision
+from chainer_accum.window import LOSS_REDUCTIONS, NONFINITE, Window
 
 
 def create_accumulating_optimizer(
-    optimizer: Any, accumulation_steps: int, *, loss_reduction: str = "mean"
+    optimizer: Any, accumulation_steps: int, *, loss_reduction: str = "mean", nonfinite: str = "keep"
 ) -> _AccumulatingOptimizer:
     """Returns an optimizer that updates the parameters at each ``accumulation_steps``-th call of ``update`` only.
 
@@ -38,30 +39,34 @@ def create_accumulating_optimizer(
         optimizer (~chainer.Optimizer): Optimizer. It may be set up before or after.
         accumulation_steps (int): Number of micro-batches per update.
         loss_reduction (str): ``'mean'`` or ``'sum'``: what the losses are of their examples.
+        nonfinite (str): What is done with a micro-batch whose loss or gradient is not finite: ``'keep'``, ``'skip'`` or
+            ``'raise'``, as for :func:`~chainer_accum.accumulate`. A micro-batch that is skipped counts as a call.
 
     Returns:
         The accumulating optimizer.
 
     Raises:
         TypeError: If ``accumulation_steps`` is not an int.
-        ValueError: If ``accumulation_steps`` is not positive or the loss reduction is unknown.
+        ValueError: If ``accumulation_steps`` is not positive or an option is unknown.
 
     """
     steps = check_int("accumulation_steps", accumulation_steps, 1, "use 1 to disable accumulation")
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
-    return _AccumulatingOptimizer(optimizer, steps, loss_reduction)
+    check_choice("nonfinite", nonfinite, NONFINITE)
+    return _AccumulatingOptimizer(optimizer, steps, loss_reduction, nonfinite)
 
 
 class _AccumulatingOptimizer:
     """Passes everything on to the actual optimizer, but for what is about windows."""
 
     # Attributes that are set on this object; all others are the actual optimizer's.
-    _OWN = frozenset(["actual_optimizer", "accumulation_steps", "_loss_reduction", "_window"])
+    _OWN = frozenset(["actual_optimizer", "accumulation_steps", "_loss_reduction", "_nonfinite", "_window"])
 
-    def __init__(self, actual_optimizer: Any, accumulation_steps: int, loss_reduction: str) -> None:
+    def __init__(self, actual_optimizer: Any, accumulation_steps: int, loss_reduction: str, nonfinite: str) -> None:
         self.actual_optimizer = actual_optimizer
         self.accumulation_steps = accumulation_steps
         self._loss_reduction = loss_reduction
+        self._nonfinite = nonfinite
         self._window: Optional[Window] = None
 
     def update(
@@ -84,7 +89,7 @@ class _AccumulatingOptimizer:
         if window is None:
             # Gradients that come as they are have the magnitude that they have.
             expected_weight = None if lossfun is None else self.accumulation_steps * weight or None
-            window = self._window = Window(self.actual_optimizer, self._loss_reduction, expected_weight)
+            window = self._window = self._make_window(expected_weight)
         try:
             if lossfun is None:
                 window.add_gradients(weight)
@@ -115,15 +120,19 @@ class _AccumulatingOptimizer:
             self.actual_optimizer.serialize(_BeforeFirstUpdate(serializer))
         else:
             self.actual_optimizer.serialize(serializer)
+        serialize_mixed_precision(self.actual_optimizer, serializer, "mixed_precision:")
         serializer = serializer["accumulation"]
         try:
             is_under_way = serializer("is_under_way", is_saving and self._window is not None)
-        except KeyError:  # a snapshot of another optimizer
+        except (KeyError, ValueError):  # a snapshot of another optimizer, in npz or HDF5
             is_under_way = False
         if not is_saving:
-            self._window = Window(self.actual_optimizer, self._loss_reduction) if is_under_way else None
+            self._window = self._make_window(None) if is_under_way else None
         if self._window is not None:
             self._window.serialize(serializer["window"])
+
+    def _make_window(self, expected_weight: Optional[float]) -> Window:
+        return Window(self.actual_optimizer, self._loss_reduction, expected_weight, self._nonfinite)
 
     def __getattr__(self, name: str) -> Any:
         if name in self._OWN:  # while a copy is being made, and there is no actual optimizer yet

@@ -7,17 +7,24 @@ import difflib
 import functools
 import inspect
 import numbers
-from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Tuple
+import warnings
+from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Tuple, Union
 
 import chainer
 from chainer.dataset import concat_examples
 from chainer.training.updaters import StandardUpdater
 
-from chainer_accum._arguments import check_callable, check_choice, check_int, check_set_up
+from chainer_accum._arguments import check_bool, check_callable, check_choice, check_int, check_set_up
+from chainer_accum._devices import free_memory
+from chainer_accum.batch_statistics import BATCH_STATISTICS
 from chainer_accum.micro_batches import EPOCH_BOUNDARIES, MicroBatches, WeightFunc
+from chainer_accum.mixed_precision import serialize_mixed_precision
 from chainer_accum.observations import OBSERVATION_RULES, Observations
+from chainer_accum.persistent_values import PersistentValues
+from chainer_accum.random_state import RandomState
 from chainer_accum.schedules import Steps, make_schedule
-from chainer_accum.window import LOSS_REDUCTIONS, Window
+from chainer_accum.tuning import MicroBatchSize, TunedMicroBatchSize
+from chainer_accum.window import LOSS_REDUCTIONS, NONFINITE, Window
 
 
 class AccumulatingUpdater(StandardUpdater):
@@ -99,11 +106,14 @@ class AccumulatingUpdater(StandardUpdater):
         *,
         input_device: Any = None,
         accumulation_steps: Steps = 1,
-        micro_batch_size: Optional[int] = None,
+        micro_batch_size: Union[int, str, None] = None,
         weight_func: Optional[WeightFunc] = None,
         loss_reduction: str = "mean",
         epoch_boundary: str = "carry",
         observation_rules: Optional[Mapping[str, str]] = None,
+        split_when_out_of_memory: Optional[bool] = None,
+        nonfinite: str = "keep",
+        batch_statistics: str = "micro_batch",
         **unknown: NoReturn,
     ) -> None:
         _check_no_unknown(unknown)
@@ -119,11 +129,11 @@ class AccumulatingUpdater(StandardUpdater):
         if weight_func is not None:
             check_callable("weight_func", weight_func)
         make_schedule(accumulation_steps)  # which checks it
-        self._micro_batch_size = micro_batch_size
-        if micro_batch_size is not None:
-            self._micro_batch_size = check_int(
-                "micro_batch_size", micro_batch_size, 1, "use None to leave batches whole"
-            )
+        self._size = _make_size(micro_batch_size)
+        if split_when_out_of_memory is not None:
+            check_bool("split_when_out_of_memory", split_when_out_of_memory, "use None to decide by what else is asked")
+        check_choice("nonfinite", nonfinite, NONFINITE)
+        check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
         check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
         check_choice("epoch_boundary", epoch_boundary, EPOCH_BOUNDARIES)
         _check_rules(observation_rules)
@@ -142,6 +152,9 @@ class AccumulatingUpdater(StandardUpdater):
         self._loss_reduction = loss_reduction
         self._epoch_boundary = epoch_boundary
         self._observation_rules = dict(observation_rules or {})
+        self._splits_when_out_of_memory = split_when_out_of_memory
+        self._nonfinite = nonfinite
+        self._batch_statistics = batch_statistics
         # Of the last window: epoch_detail as it began, and whether an epoch ended in it. None before the first.
         self._last_window: Optional[Tuple[Optional[float], bool]] = None
         self.effective_batch_size: Optional[int] = None
@@ -155,11 +168,17 @@ class AccumulatingUpdater(StandardUpdater):
     def accumulation_steps(self, value: Steps) -> None:
         schedule = make_schedule(value)
         self._schedule, self._steps = schedule, schedule(self)
-        self._is_standard = value == 1
+        self._is_one_step = value == 1
 
     @property
     def micro_batch_size(self) -> Optional[int]:
-        return self._micro_batch_size
+        """The largest number of examples in one forward/backward pass of the next update."""
+        return self._size.size
+
+    @property
+    def micro_batch_timings(self) -> Dict[int, float]:
+        """Seconds per example by micro-batch size, as far as ``micro_batch_size='auto'`` has measured them."""
+        return self._size.timings
 
     @property
     def previous_epoch_detail(self) -> Optional[float]:
@@ -179,7 +198,7 @@ class AccumulatingUpdater(StandardUpdater):
         iterator = self.get_iterator("main")
         epoch_detail = getattr(iterator, "epoch_detail", None)  # StandardUpdater does not need it, either
         self._steps = self._schedule(self)
-        if self._is_standard and self._micro_batch_size is None:
+        if self._is_standard():
             super().update_core()
             is_new_epoch = bool(iterator.is_new_epoch)
         else:
@@ -199,6 +218,8 @@ class AccumulatingUpdater(StandardUpdater):
 
         """
         super().serialize(serializer)
+        for name, optimizer in self.get_all_optimizers().items():
+            serialize_mixed_precision(optimizer, serializer, f"mixed_precision:{name}:")
         if isinstance(serializer, chainer.Serializer):
             epoch_detail, is_new_epoch = self._last_window or (None, False)
             serializer("previous_epoch_detail", -1.0 if epoch_detail is None else epoch_detail)
@@ -211,29 +232,99 @@ class AccumulatingUpdater(StandardUpdater):
                 self._last_window = epoch_detail, serializer("is_new_epoch", False)
         self._steps = self._schedule(self)
 
+    def _is_standard(self) -> bool:
+        is_one_pass = self._is_one_step and self._size.size is None
+        return is_one_pass and not self._splits_when_out_of_memory and self._nonfinite == "keep"
+
     def _update_with_window(self) -> bool:
+        optimizer = self.get_optimizer("main")
+        device = optimizer.target.device
         micro_batches = MicroBatches(
             self.get_iterator("main"),
             self._steps,
-            self._micro_batch_size,
+            self._size.size,
             self._weight_func,
             self._epoch_boundary,
+            is_repeatable=self._keeps_examples(),
         )
-        optimizer = self.get_optimizer("main")
-        window = Window(optimizer, self._loss_reduction, micro_batches.expected_weight)
-        observations = Observations(self._observation_rules)
-        for micro_batch in micro_batches:
-            with observations.of_micro_batch(micro_batch.weight):
-                window.add(self._bind_loss(micro_batch.examples), weight=micro_batch.weight)
-            del micro_batch  # its examples are not to be held while the next are read
+        self._size.begin_window(device)
+        window, observations = self._run_passes(micro_batches)
         update_observations = Observations()
-        with update_observations.of_micro_batch(1.0):
+        with update_observations.collecting() as observation:
             window.update()
+        update_observations.add(observation, 1.0)
         chainer.report({**observations.merged(), **update_observations.merged()})
+        self._size.end_window(device, micro_batches.shapes, micro_batches.examples, micro_batches.largest_batch)
         self.effective_batch_size = micro_batches.examples or None
         if self.auto_new_epoch and micro_batches.is_new_epoch:
             optimizer.new_epoch(auto=True)
         return micro_batches.is_new_epoch
+
+    def _run_passes(self, micro_batches: MicroBatches) -> Tuple[Window, Observations]:
+        """Runs all passes of a window, if need be from the beginning again, with smaller micro-batches."""
+        links = [optimizer.target for optimizer in self.get_all_optimizers().values()]
+        persistent_values = PersistentValues([*links, _as_link(self.loss_func)])
+        random_state = RandomState() if micro_batches.is_repeatable else None
+        while True:
+            window = Window(
+                self.get_optimizer("main"),
+                self._loss_reduction,
+                micro_batches.expected_weight,
+                self._nonfinite,
+                self._batch_statistics,
+            )
+            observations = Observations(self._observation_rules)
+            try:
+                failure = self._add_micro_batches(micro_batches, window, observations)
+            except BaseException:
+                persistent_values.restore()
+                raise
+            if failure is None:
+                return window, observations
+            # The failed pass has left the stack, and with these goes the last that it held.
+            del window, observations
+            persistent_values.restore()
+            if random_state is not None:
+                random_state.restore()
+            self._lower_micro_batch_size(*failure)
+            micro_batches.begin_again(self._size.size)
+
+    def _add_micro_batches(
+        self, micro_batches: MicroBatches, window: Window, observations: Observations
+    ) -> Optional[Tuple[int, str]]:
+        """Adds all micro-batches, or returns for how many examples memory did not suffice, and what was said of it."""
+        for micro_batch in micro_batches:
+            try:
+                with observations.collecting() as observation:
+                    is_counted = window.add(self._bind_loss(micro_batch.examples), weight=micro_batch.weight)
+            except MemoryError as error:
+                if not micro_batches.is_repeatable:
+                    raise
+                return len(micro_batch.examples), str(error)
+            if is_counted:
+                observations.add(observation, micro_batch.weight)
+            del micro_batch  # its examples are not to be held while the next are read
+        return None
+
+    def _lower_micro_batch_size(self, failed: int, message: str) -> None:
+        if failed == 1:
+            raise MemoryError(
+                f"one example does not fit in memory: {message}; use a smaller model or smaller examples, "
+                "or chainer.functions.forget to compute parts of the graph twice instead of keeping them"
+            )
+        self._size.lower(failed)
+        free_memory()
+        warnings.warn(
+            f"memory did not suffice for a micro-batch of {failed} examples ({message}); the window begins again, and "
+            f"from now on a micro-batch has at most {self._size.size}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _keeps_examples(self) -> bool:
+        if self._splits_when_out_of_memory is not None:
+            return self._splits_when_out_of_memory
+        return self._size.size is not None and self._steps == 1  # when the iterator has made the whole batch anyway
 
     def _bind_loss(self, examples: Any) -> Callable[[], chainer.Variable]:
         loss_func = self.loss_func or self.get_optimizer("main").target
@@ -243,6 +334,19 @@ class AccumulatingUpdater(StandardUpdater):
         if isinstance(arguments, dict):
             return functools.partial(loss_func, **arguments)
         return functools.partial(loss_func, arguments)
+
+
+def _make_size(micro_batch_size: Any) -> MicroBatchSize:
+    if isinstance(micro_batch_size, str) and micro_batch_size == "auto":
+        return TunedMicroBatchSize()
+    if micro_batch_size is None:
+        return MicroBatchSize(None)
+    remedy = "use None to leave batches whole, or 'auto' to find the fastest"
+    return MicroBatchSize(check_int("micro_batch_size", micro_batch_size, 1, remedy))
+
+
+def _as_link(loss_func: Any) -> Optional[chainer.Link]:
+    return loss_func if isinstance(loss_func, chainer.Link) else None
 
 
 def _check_no_unknown(unknown: Dict[str, Any]) -> None:

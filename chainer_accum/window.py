@@ -8,16 +8,20 @@ has changed, so a window that fails is one that is dropped.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Iterator, Optional
+import warnings
+from typing import Any, Callable, Iterable, Iterator, List, Optional
 
 import chainer
 import numpy
 
 from chainer_accum._arguments import check_choice, check_set_up, check_weight
 from chainer_accum._devices import device_of
+from chainer_accum.batch_statistics import BATCH_STATISTICS, BatchStatistics
 from chainer_accum.gradient_sums import GradientSums
+from chainer_accum.persistent_values import PersistentValues
 
 LOSS_REDUCTIONS = ("mean", "sum")
+NONFINITE = ("keep", "skip", "raise")
 
 
 class Window:
@@ -36,26 +40,41 @@ class Window:
         loss_reduction (str): ``'mean'`` or ``'sum'``: what the losses are of their examples.
         expected_weight (float): What the weights are likely to add up to; by default, the first weight that is not
             zero. It sets the magnitude of the gradients on their way, not that of the result.
+        nonfinite (str): What is done with a micro-batch whose loss or gradient is not finite: ``'keep'``, ``'skip'`` or
+            ``'raise'``; see :func:`~chainer_accum.accumulate`.
+        batch_statistics (str): When the running averages of batch normalization move: with each ``'micro_batch'`` or
+            once per ``'window'``; see :func:`~chainer_accum.accumulate`.
 
     Attributes:
-        micro_batches (int): How many micro-batches have been added.
+        micro_batches (int): How many micro-batches have been added, those that were skipped among them.
+        skipped_micro_batches (int): How many have been skipped, as they were not finite.
         is_open (bool): ``False`` once the window was updated or a backward pass of it failed.
 
     """
 
-    def __init__(self, optimizer: Any, loss_reduction: str = "mean", expected_weight: Optional[float] = None) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        loss_reduction: str = "mean",
+        expected_weight: Optional[float] = None,
+        nonfinite: str = "keep",
+        batch_statistics: str = "micro_batch",
+    ) -> None:
         self._optimizer = optimizer
         self._is_mean = loss_reduction == "mean"
         self._expected_weight = expected_weight
+        self._nonfinite = nonfinite
+        self._statistics = BatchStatistics(is_collecting=batch_statistics == "window")
         self._weight = 0.0
         # Chainer has no public way to ask for the scale. It is read once: a window has one scale from end to end.
         self._loss_scale: Optional[float] = optimizer._loss_scale
         self._sums = GradientSums(optimizer.target)
         self._has_run_backward = False
         self.micro_batches = 0
+        self.skipped_micro_batches = 0
         self.is_open = True
 
-    def add(self, lossfun: Callable[..., chainer.Variable], *args: Any, weight: float = 1, **kwargs: Any) -> None:
+    def add(self, lossfun: Callable[..., chainer.Variable], *args: Any, weight: float = 1, **kwargs: Any) -> bool:
         """Runs one forward and one backward pass.
 
         Nothing is kept of the pass but its gradients.
@@ -66,7 +85,11 @@ class Window:
             **kwargs: Keyword arguments for the loss function.
             weight (float): What this loss counts for, zero or more. With zero, the backward pass is left out.
 
+        Returns:
+            ``False`` if the micro-batch has been skipped, as its loss or gradient is not finite; or else ``True``.
+
         Raises:
+            FloatingPointError: If the loss or a gradient is not finite, and that is to be raised.
             TypeError: If the loss is not a :class:`~chainer.Variable` or the weight is not a number.
             ValueError: If the loss is not a scalar or has no graph, or the weight is negative or not finite.
             RuntimeError: If the window is over: it was updated, or a backward pass of it failed.
@@ -74,13 +97,21 @@ class Window:
         """
         self._check_open()
         weight = check_weight(weight, "weight")
-        loss = lossfun(*args, **kwargs)
+        persistent_values = PersistentValues([self._optimizer.target] if self._nonfinite != "keep" else [])
+        with self._statistics.collecting() as statistics:
+            loss = lossfun(*args, **kwargs)
         _check_loss(loss, weight)
-        if weight > 0:
-            self._backward(loss, weight)
         self.micro_batches += 1
+        if weight > 0:
+            finding = self._backward(loss, weight)
+            if finding is not None:
+                persistent_values.restore()
+                self._skip(finding)
+                return False
+        self._statistics.add(statistics)
+        return True
 
-    def add_gradients(self, weight: float = 1) -> None:
+    def add_gradients(self, weight: float = 1) -> bool:
         """Adds the gradients that the parameters have, from a backward pass of the caller's own, and clears them.
 
         If the optimizer scales the loss, it is for the caller to pass the scale to ``backward()``.
@@ -88,7 +119,11 @@ class Window:
         Args:
             weight (float): What the loss counts for, zero or more.
 
+        Returns:
+            ``False`` if the micro-batch has been skipped, as a gradient is not finite, and ``True`` otherwise.
+
         Raises:
+            FloatingPointError: If a gradient is not finite, and that is to be raised.
             TypeError: If the weight is not a number.
             ValueError: If the weight is negative or not finite.
             RuntimeError: If the window is over: it was updated, or a backward pass of it failed.
@@ -96,17 +131,27 @@ class Window:
         """
         self._check_open()
         weight = check_weight(weight, "weight")
+        self.micro_batches += 1
+        params = list(self._optimizer.target.params(include_uninit=False))
+        if self._checks_gradients() and weight > 0 and not _are_finite(_grads(params)):
+            self._optimizer.target.cleargrads()
+            self._skip("its gradient is not")
+            return False
         if weight > 0:
-            self._sums.take_from(self._optimizer.target.params(include_uninit=False), self._scale(weight))
+            self._sums.take_from(params, self._scale(weight))
             self._weight += weight
         else:
             self._optimizer.target.cleargrads()
-        self.micro_batches += 1
+        return True
 
-    def update(self) -> None:
+    def update(self) -> bool:
         """Hands the gradients of the window to the optimizer and updates the parameters once.
 
-        Without any weight, the gradients are zero.
+        Without any weight, the gradients are zero. But if what had a weight has been skipped, there is no update, and a
+        :class:`RuntimeWarning`.
+
+        Returns:
+            Whether the optimizer was asked to update.
 
         Raises:
             RuntimeError: If the window is over: it was updated, or a backward pass of it failed.
@@ -115,6 +160,17 @@ class Window:
         self._check_open()
         self.is_open = False
         self._optimizer.target.cleargrads()
+        if self._nonfinite == "skip":
+            chainer.report({"skipped_micro_batches": self.skipped_micro_batches})
+        if self.skipped_micro_batches > 0 and self._weight == 0:
+            warnings.warn(
+                f"no update: all {self.skipped_micro_batches} micro-batches of the window with a weight were skipped, "
+                "as their losses or gradients are not finite; look at the learning rate and at the data",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+        self._statistics.update()
         correction = 1.0
         if self._is_mean and self._expected_weight and self._weight:
             correction = self._expected_weight / self._weight
@@ -126,30 +182,60 @@ class Window:
             if self._has_run_backward:
                 param._loss_scale = self._loss_scale  # where the backward pass records it for the update rule
         self._optimizer.update()
+        return True
 
     def serialize(self, serializer: Any) -> None:
         """Serializes the window with its sums, so that it can go on in another process."""
         self.micro_batches = serializer("micro_batches", self.micro_batches)
+        self.skipped_micro_batches = serializer("skipped_micro_batches", self.skipped_micro_batches)
         self._weight = serializer("weight", self._weight)
         self._expected_weight = serializer("expected_weight", self._expected_weight or 0.0) or None
         self._loss_scale = serializer("loss_scale", self._loss_scale or 0.0) or None
         self._has_run_backward = serializer("has_run_backward", self._has_run_backward)
         self._sums.serialize(serializer["sums"])
 
-    def _backward(self, loss: chainer.Variable, weight: float) -> None:
+    def _backward(self, loss: chainer.Variable, weight: float) -> Optional[str]:
+        """Adds the gradients of a loss, or adds none and returns what is not finite, if that matters."""
+        if self._nonfinite != "keep" and not _are_finite([loss.array]):
+            return f"its loss is {float(loss.array)}"
+        if not self._checks_gradients():
+            self.is_open = False
+            # This clears the gradients; not before the forward pass, in which lazy parameters are born with NaN for a
+            # gradient and a loss function may run a backward pass of its own.
+            with self._sums.adding():
+                self._run_backward(loss, weight)
+            self.is_open = True
+        else:
+            self._optimizer.target.cleargrads()
+            self._run_backward(loss, weight)
+            params = list(self._optimizer.target.params(include_uninit=False))
+            if not _are_finite(_grads(params)):
+                return f"its gradient is not, and its loss is {float(loss.array)}"
+            self._sums.take_from(params)
+        self._has_run_backward = True
+        self._weight += weight
+        return None
+
+    def _run_backward(self, loss: chainer.Variable, weight: float) -> None:
         scale = self._scale(weight)
         if self._loss_scale is not None:
             scale *= float(self._loss_scale)
-        self.is_open = False
-        # This clears the gradients; not before the forward pass, in which lazy parameters are born with NaN for a
-        # gradient and a loss function may run a backward pass of its own.
-        with self._sums.adding():
-            with device_of(loss.array):
-                loss.grad = loss.xp.full_like(loss.array, scale)
-            loss.backward(loss_scale=self._loss_scale)  # which records the scale, and no more, as there is a gradient
-        self.is_open = True
-        self._has_run_backward = True
-        self._weight += weight
+        with device_of(loss.array):
+            loss.grad = loss.xp.full_like(loss.array, scale)
+        loss.backward(loss_scale=self._loss_scale)  # which records the scale, and no more, as there is a gradient
+
+    def _checks_gradients(self) -> bool:
+        # With dynamic scaling, a gradient that is not finite means a scale that is too large. The optimizer finds it in
+        # the gradient of the window, skips the update and lowers the scale.
+        return self._nonfinite != "keep" and not self._optimizer._loss_scaling_is_dynamic
+
+    def _skip(self, finding: str) -> None:
+        if self._nonfinite == "raise":
+            raise FloatingPointError(
+                f"micro-batch {self.micro_batches} of the window is not finite: {finding}; "
+                "look at its data and the learning rate, or use nonfinite='skip'"
+            )
+        self.skipped_micro_batches += 1
 
     def _scale(self, weight: float) -> float:
         """Returns what a gradient of this weight is multiplied by on its way into the sum."""
@@ -166,7 +252,12 @@ class Window:
 
 @contextlib.contextmanager
 def accumulate(
-    optimizer: Any, *, loss_reduction: str = "mean", expected_weight: Optional[float] = None
+    optimizer: Any,
+    *,
+    loss_reduction: str = "mean",
+    expected_weight: Optional[float] = None,
+    nonfinite: str = "keep",
+    batch_statistics: str = "micro_batch",
 ) -> Iterator[Window]:
     """Returns a context in which losses are added up, and after which the optimizer updates once.
 
@@ -186,17 +277,29 @@ def accumulate(
         loss_reduction (str): ``'mean'`` or ``'sum'``: what the losses are of their examples.
         expected_weight (float): What the weights are likely to add up to. It sets the magnitude of the gradients on
             their way, which matters in float16, not that of the result.
+        nonfinite (str): What is done with a micro-batch whose loss or gradient is not finite. ``'keep'`` counts it like
+            any other, as Chainer does; ``'skip'`` leaves it out, with its weight and what it did to persistent values;
+            ``'raise'`` raises :class:`FloatingPointError`. The last two wait for the device in each pass, and hold a
+            second set of gradients. With dynamic loss scaling, a gradient that is not finite is kept, for the optimizer
+            to find and to lower the scale.
+        batch_statistics (str): When the running averages of :class:`~chainer.links.BatchNormalization` move. With
+            ``'micro_batch'``, each forward pass moves them, as in Chainer. With ``'window'``, the update moves them
+            once, by the statistics of all that passed through the link in this window, as one forward pass would have.
+            What is normalized is still normalized by the statistics of its micro-batch.
 
     Returns:
         A context manager that returns a :class:`~chainer_accum.window.Window`.
 
     Raises:
-        ValueError: If the optimizer has not been set up or the loss reduction is unknown.
+        FloatingPointError: If a micro-batch is not finite and ``nonfinite`` is ``'raise'``.
+        ValueError: If the optimizer has not been set up or an option is unknown.
 
     """
     check_set_up(optimizer, "optimizer")
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
-    window = Window(optimizer, loss_reduction, expected_weight)
+    check_choice("nonfinite", nonfinite, NONFINITE)
+    check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
+    window = Window(optimizer, loss_reduction, expected_weight, nonfinite, batch_statistics)
     yield window
     if window.micro_batches > 0:
         window.update()
@@ -218,3 +321,16 @@ def _check_loss(loss: Any, weight: float) -> None:
             f"the loss has no graph, got {loss.array!r} without a creator; compute it from the parameters and with "
             "chainer.config.enable_backprop on, or give a micro-batch that has none the weight 0"
         )
+
+
+def _grads(params: Iterable[chainer.Parameter]) -> List[Any]:
+    return [param.grad for param in params if param.grad is not None]
+
+
+def _are_finite(arrays: Iterable[Any]) -> bool:
+    """Returns whether all values are finite. This waits for the device."""
+    flags = []
+    for array in arrays:
+        with device_of(array):
+            flags.append(chainer.backend.get_array_module(array).isfinite(array).all())
+    return all(bool(flag) for flag in flags)

@@ -18,8 +18,9 @@ def merge(reports, rules=None, weights=None):
     outer = {}
     with chainer.Reporter().scope(outer):
         for index, report in enumerate(reports):
-            with observations.of_micro_batch(1.0 if weights is None else weights[index]):
+            with observations.collecting() as observation:
                 chainer.report(report)
+            observations.add(observation, 1.0 if weights is None else weights[index])
     assert outer == {}
     return observations.merged()
 
@@ -112,9 +113,10 @@ def test_what_a_failing_micro_batch_reported_is_dropped():
     observations = Observations()
     outer = {"before": 1}
     with chainer.Reporter().scope(outer):
-        with observations.of_micro_batch(1.0):
+        with observations.collecting() as observation:
             chainer.report({"x": 1.0})
-        with pytest.raises(RuntimeError), observations.of_micro_batch(1.0):
+        observations.add(observation, 1.0)
+        with pytest.raises(RuntimeError), observations.collecting():
             chainer.report({"x": 5.0})
             raise RuntimeError
         chainer.report({"after": 2})
@@ -124,8 +126,9 @@ def test_what_a_failing_micro_batch_reported_is_dropped():
 
 def test_without_a_reporter_there_is_nothing_to_merge():
     observations = Observations()
-    with observations.of_micro_batch(1.0):
+    with observations.collecting() as observation:
         chainer.report({"x": 1.0})
+    observations.add(observation, 1.0)
     assert observations.merged() == {}
 
 
@@ -135,9 +138,10 @@ def test_a_graph_that_is_kept_on_report_is_that_of_the_last_micro_batch_alone():
     alive = []
     with chainer.using_config("keep_graph_on_report", True), chainer.Reporter().scope({}):
         for factor in (1.0, 2.0, 3.0):
-            with observations.of_micro_batch(1.0):
+            with observations.collecting() as observation:
                 alive.append(sum(value._last.creator_node is not None for value in observations._values.values()))
                 chainer.report({"x": F.exp(x * factor)})
+            observations.add(observation, 1.0)
         merged = observations.merged()["x"]
     assert alive == [0, 0, 0]
     assert merged.creator_node.label == "exp"
