@@ -7,6 +7,7 @@ _compat.restore_missing_names()
 from chainer_accum import extensions  # noqa: E402
 from chainer_accum.loops import setup_trainer_with_accumulation, train_model  # noqa: E402
 from chainer_accum.optimizer import create_accumulating_optimizer  # noqa: E402
+from chainer_accum.snapshots import load_snapshot  # noqa: E402
 from chainer_accum.updater import AccumulatingUpdater  # noqa: E402
 from chainer_accum.window import accumulate  # noqa: E402
 
@@ -17,6 +18,7 @@ __all__ = [
     "accumulate",
     "create_accumulating_optimizer",
     "extensions",
+    "load_snapshot",
     "setup_trainer_with_accumulation",
     "train_model",
 ]

@@ -114,7 +114,8 @@ class GradientSums:
         for name in names:
             param = params[name]
             total = serializer(name, self.get(param))
-            self.set(param, param.device.send(total))
+            if total is not None:
+                self.set(param, param.device.send(total))
 
 
 def _sum_dtype(grad: Any) -> Any:

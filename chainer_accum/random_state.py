@@ -42,17 +42,24 @@ class RandomState:
         numpy.random.set_state(self._numpy)
         self._seed_devices()
 
-    def serialize(self, serializer: Any) -> None:
-        """Serializes the state. The generators are left alone."""
-        if isinstance(serializer, chainer.Serializer):
-            serializer("state", _to_array([self._python, _plain(self._numpy), list(self._seeds.items())]))
-            return
-        (version, words, gauss), state, seeds = json.loads(bytes(serializer("state", None)).decode())
+    def save(self, serializer: Any) -> None:
+        """Saves the state with a serializer."""
+        serializer("state", _to_array([self._python, _plain(self._numpy), list(self._seeds.items())]))
+
+    @classmethod
+    def load(cls, deserializer: Any) -> Optional[RandomState]:
+        """Returns the state that was saved, or ``None`` if there is none. The generators are left alone."""
+        saved = deserializer("state", None)
+        if saved is None:
+            return None
+        (version, words, gauss), state, seeds = json.loads(bytes(saved).decode())
         state["state"] = {
             name: numpy.array(value, numpy.uint32) if isinstance(value, list) else value
             for name, value in state["state"].items()
         }
-        self._python, self._numpy, self._seeds = (version, tuple(words), gauss), state, dict(seeds)
+        loaded = cls()
+        loaded._python, loaded._numpy, loaded._seeds = (version, tuple(words), gauss), state, dict(seeds)
+        return loaded
 
     def _seed_devices(self) -> None:
         for device_id, seed in self._seeds.items():

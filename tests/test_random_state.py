@@ -38,10 +38,8 @@ def test_a_state_that_was_saved_and_loaded_gives_the_same_numbers() -> None:
     state = RandomState()
     expected = draw()
     saved = DictionarySerializer()
-    state.serialize(saved)
-    loaded = RandomState()
-    loaded.serialize(NpzDeserializer(saved.target))
-    loaded.restore()
+    state.save(saved)
+    RandomState.load(NpzDeserializer(saved.target)).restore()
     assert draw() == expected
 
 
@@ -54,10 +52,8 @@ def test_another_generator_of_numpy_can_be_saved() -> None:
         state = RandomState()
         expected = draw()
         saved = DictionarySerializer()
-        state.serialize(saved)
-        loaded = RandomState()
-        loaded.serialize(NpzDeserializer(saved.target))
-        loaded.restore()
+        state.save(saved)
+        RandomState.load(NpzDeserializer(saved.target)).restore()
         assert draw() == expected
     finally:
         numpy.random.set_bit_generator(original)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+import zipfile
 from typing import Any, Dict, List, NamedTuple
 
+import chainer_accum
 import chainer
 import numpy
 import pytest
-from chainer_accum import AccumulatingUpdater
+from chainer_accum import AccumulatingUpdater, load_snapshot
 from chainer.iterators import SerialIterator
+from chainer.serializers import DictionarySerializer, load_npz, save_npz
 from chainer.training import Trainer, extensions
 from chainer.training.updaters import StandardUpdater
 
@@ -18,6 +22,7 @@ from conftest import (
     assert_same_optimizer_state,
     assert_same_parameters,
     make_dataset,
+    make_model,
     make_updater,
 )
 
@@ -205,3 +210,141 @@ def test_an_updater_saved_before_the_first_update_is_loaded_as_a_new_one(way: st
     chainer.serializers.load_npz(str(tmp_path / "snapshot"), loaded.updater, strict=False)
     assert bookkeeping_of(loaded) == bookkeeping_of(saved)
     assert loaded.updater.previous_epoch_detail is None
+
+
+def state_of(trainer: Trainer) -> Dict[str, numpy.ndarray]:
+    """Returns copies of all that a snapshot holds, but for the time."""
+    serializer = DictionarySerializer()
+    trainer.updater.serialize(serializer["updater"])
+    state = {name: numpy.copy(value) for name, value in serializer.target.items()}
+    state["log"] = numpy.array(json.dumps(trainer.get_extension("LogReport").log))
+    return state
+
+
+def assert_unchanged(trainer: Trainer, before: Dict[str, numpy.ndarray]) -> None:
+    after = state_of(trainer)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        numpy.testing.assert_array_equal(after[name], value, err_msg=name)
+
+
+@pytest.fixture(params=["fresh", "under way"])
+def trainer(request, tmp_path):
+    """A Trainer with lazily initialised parameters, before its first update or after some."""
+    trainer = make_trainer("split", 45, tmp_path, stop=3)
+    trainer.extend(chainer_accum.extensions.KeepRandomState())
+    if request.param == "under way":
+        trainer.run()
+    return trainer
+
+
+def snapshot_of(way: str, out: pathlib.Path, **kwargs: Any) -> pathlib.Path:
+    trainer = make_trainer(way, 45, out, stop=5)
+    trainer.extend(chainer_accum.extensions.KeepRandomState())
+    for name, extension in kwargs.items():
+        trainer.extend(extension, name=name)
+    trainer.run()
+    save_npz(str(out / "snapshot.npz"), trainer)
+    return out / "snapshot.npz"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sound_snapshot_is_loaded_as_by_load_npz(way, trainer, tmp_path):
+    path = snapshot_of(way, tmp_path)
+    expected = make_trainer("split", 45, tmp_path)
+    expected.extend(chainer_accum.extensions.KeepRandomState())
+    load_npz(str(path), expected)
+    load_snapshot(path, trainer)
+    assert_unchanged(trainer, state_of(expected))
+
+
+def test_a_model_and_an_optimizer_can_be_loaded_by_themselves(tmp_path):
+    trainer = make_trainer("split", 45, tmp_path, stop=5)
+    trainer.run()
+    optimizer = trainer.updater.get_optimizer("main")
+    fresh = make_trainer("split", 45, tmp_path).updater.get_optimizer("main")
+    for name, source, target in (("model", optimizer.target, fresh.target), ("optimizer", optimizer, fresh)):
+        save_npz(str(tmp_path / f"{name}.npz"), source)
+        load_snapshot(str(tmp_path / f"{name}.npz"), target)
+    assert_same_parameters(fresh.target, optimizer.target, 0)
+    assert_same_optimizer_state(fresh, optimizer, 0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_snapshot_changes_nothing(share, trainer, tmp_path):
+    path = snapshot_of("split", tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    before = state_of(trainer)
+    with pytest.raises(ValueError, match="cannot be read as a snapshot, .*; it may be truncated or damaged"):
+        load_snapshot(path, trainer)
+    assert_unchanged(trainer, before)
+
+
+def test_a_snapshot_with_a_wrong_byte_changes_nothing(trainer, tmp_path):
+    path = snapshot_of("split", tmp_path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(str(path)) as archive:
+        info = archive.getinfo("updater/model:main/predictor/0/W.npy")
+    content[info.header_offset + 100 + info.compress_size // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+    before = state_of(trainer)
+    with pytest.raises(ValueError, match="cannot be read as a snapshot"):
+        load_snapshot(path, trainer)
+    assert_unchanged(trainer, before)
+
+
+def test_a_snapshot_of_something_else_changes_nothing(trainer, tmp_path):
+    before = state_of(trainer)
+    for number, (remedy, values) in enumerate(
+        [
+            ("it has no updater/iterator:main/current_position", {"something": numpy.zeros(3)}),
+            ("W is float32 of shape \\(8, 6\\), not float32 of \\(8, 5\\)", {"W": numpy.zeros((8, 6), "f")}),
+        ]
+    ):
+        if number == 1:
+            if trainer.updater.iteration == 0:
+                continue  # a parameter without a shape takes any
+            with numpy.load(str(snapshot_of("split", tmp_path)), allow_pickle=True) as npz:
+                values = {**npz, "updater/model:main/predictor/0/W": values["W"]}
+        numpy.savez(str(tmp_path / "other.npz"), **values)
+        with pytest.raises(ValueError, match=f"other.npz is not a snapshot of this Trainer: .*{remedy}"):
+            load_snapshot(tmp_path / "other.npz", trainer)
+        assert_unchanged(trainer, before)
+
+
+def test_a_snapshot_of_a_trainer_without_one_of_the_extensions_changes_nothing(trainer, tmp_path):
+    path = snapshot_of("split", tmp_path)
+    trainer.extend(extensions.ExponentialShift("alpha", 0.9))
+    before = state_of(trainer)
+    alpha = trainer.updater.get_optimizer("main").alpha
+    with pytest.raises(ValueError, match="it has no extensions/ExponentialShift/.*; make model, optimizer and ext"):
+        load_snapshot(path, trainer)
+    assert_unchanged(trainer, before)
+    assert trainer.updater.get_optimizer("main").alpha == alpha
+
+
+def test_the_unfinished_window_of_an_accumulating_optimizer_survives_a_snapshot_of_something_else(tmp_path):
+    def make():
+        optimizer = chainer_accum.create_accumulating_optimizer(chainer.optimizers.Adam(), 3).setup(make_model())
+        for start in (0, 4):
+            optimizer.update(lossfun, optimizer, start)
+        return optimizer
+
+    def lossfun(optimizer, start):
+        x, t = chainer.dataset.concat_examples(make_dataset(12)[start : start + 4])
+        return chainer.functions.softmax_cross_entropy(optimizer.target.predictor(x), t)
+
+    actual, expected = make(), make()
+    numpy.savez(str(tmp_path / "other.npz"), t=numpy.array(5), epoch=numpy.array(1))
+    with pytest.raises(ValueError, match="is not a snapshot"):
+        load_snapshot(tmp_path / "other.npz", actual)
+    for optimizer in (actual, expected):
+        optimizer.update(lossfun, optimizer, 8)
+    assert_same_parameters(actual.target, expected.target, 0)
+    assert (actual.t, actual.epoch) == (1, 0)
+
+
+def test_a_file_that_is_not_there_is_said_not_to_be_there(trainer, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_snapshot(tmp_path / "nowhere.npz", trainer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 import chainer
 from chainer.training import extension
@@ -27,10 +27,10 @@ class KeepRandomState(extension.Extension):
     default_name = "keep_random_state"
     # So that it comes last, and after a snapshot extension that loads the latest snapshot by itself.
     priority = -1000
-    trigger = 1, "iteration"
+    trigger = None  # never: all is done as training begins, and with the snapshots
 
     def __init__(self) -> None:
-        self._devices: Any = ()
+        self._devices: Optional[List[Any]] = None  # until the Trainer runs
         self._loaded: Optional[RandomState] = None
 
     def initialize(self, trainer: Any) -> None:
@@ -41,14 +41,11 @@ class KeepRandomState(extension.Extension):
         if loaded is not None:
             loaded.restore()
 
-    def __call__(self, trainer: Any) -> None:
-        """Does nothing: all is done with the snapshots."""
-
     def serialize(self, serializer: Any) -> None:
         if isinstance(serializer, chainer.Serializer):
-            RandomState(self._devices).serialize(serializer)
+            if self._devices is not None:
+                RandomState(self._devices).save(serializer)
             return
-        state = RandomState()
-        with contextlib.suppress(KeyError, ValueError):  # a snapshot that was taken without this extension
-            state.serialize(serializer)
-            self._loaded = state
+        self._loaded = None
+        with contextlib.suppress(KeyError, ValueError):  # a snapshot without it, in npz or HDF5
+            self._loaded = RandomState.load(serializer)

@@ -1,0 +1,87 @@
+"""load_snapshot: a snapshot is loaded as a whole, or not at all.
+
+:func:`chainer.serializers.load_npz` gives values to the model as it reads them. If it then meets a value that is
+damaged or that is not there, half of the model is of the snapshot and half is not. Here all is read before anything is
+loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, Dict, Union
+
+import chainer
+import numpy
+from chainer.serializers import DictionarySerializer, NpzDeserializer
+
+
+def load_snapshot(filename: Union[str, os.PathLike[str]], target: Any) -> None:
+    """Loads a snapshot that :func:`chainer.serializers.save_npz` or a snapshot extension of a Trainer has written.
+
+    It does what :func:`chainer.serializers.load_npz` does if the snapshot is sound. If it is truncated or damaged, or
+    is one of something else, ``target`` is left as it was.
+
+    Args:
+        filename (str): Name of the file.
+        target: Object to be loaded, such as a :class:`~chainer.training.Trainer`, an updater, an optimizer or a model.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read as a snapshot, or is not one of ``target``.
+
+    """
+    values = _read(filename)
+    before = DictionarySerializer()
+    with contextlib.suppress(RuntimeError):  # a Trainer that has not run has no elapsed time, which comes last of all
+        target.serialize(before)
+    try:
+        target.serialize(_DryRun(values))
+    except Exception as error:
+        raise ValueError(
+            f"{filename} is not a snapshot of this {type(target).__name__}: {error.args[0] if error.args else error}; "
+            "make model, optimizer and extensions as they were when it was taken"
+        ) from error
+    finally:
+        target.serialize(NpzDeserializer(before.target, strict=False))
+    target.serialize(NpzDeserializer(values))
+
+
+def _read(filename: Union[str, os.PathLike[str]]) -> Dict[str, numpy.ndarray]:
+    try:
+        # The file is opened here, for NumPy does not close one that it cannot read.
+        with open(filename, "rb") as file, numpy.load(file, allow_pickle=True) as npz:
+            return {name: npz[name] for name in npz.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of which there are many kinds, depending on where the file is damaged
+        raise ValueError(
+            f"{filename} cannot be read as a snapshot, {type(error).__name__}: {error}; "
+            "it may be truncated or damaged, load an earlier one"
+        ) from error
+
+
+class _DryRun(chainer.Deserializer):
+    """Loads numbers and text, which are easily put back, but of arrays only looks whether they could be loaded."""
+
+    def __init__(self, values: Dict[str, numpy.ndarray], path: str = "") -> None:
+        self._values = values
+        self._path = path
+
+    def __getitem__(self, key: str) -> _DryRun:
+        return _DryRun(self._values, f"{self._path}{key.strip('/')}/")
+
+    def __call__(self, key: str, value: Any) -> Any:
+        name = self._path + key.lstrip("/")
+        if name not in self._values:
+            raise KeyError(f"it has no {name}")
+        if value is None:
+            return None
+        if not isinstance(value, chainer.get_array_types()):
+            return NpzDeserializer(self._values)(name, value)
+        saved = self._values[name]
+        if saved[()] is not None and not (
+            saved.shape == value.shape and numpy.can_cast(saved.dtype, value.dtype, "same_kind")
+        ):
+            raise ValueError(f"{name} is {saved.dtype} of shape {saved.shape}, not {value.dtype} of {value.shape}")
+        return value
