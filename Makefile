@@ -40,6 +40,7 @@ newest: $(READY)
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/overhead.py >benchmarks/overhead.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/memory.py >benchmarks/memory.md
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/auto.py >benchmarks/auto.md
 
 coverage: $(READY)
 	$(RUN) coverage run -m pytest

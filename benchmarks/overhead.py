@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from typing import Callable, Dict, List
+from typing import Callable, Dict
 
 import chainer_accum
 import chainer
+from pairs import measure, ratios
 from workloads import WORKLOADS, Workload, describe_machine
 
 FLOOR, WINDOW, BY_HAND = "floor", "AccumulatingUpdater", "by hand"
@@ -57,21 +57,6 @@ def make_contestants(workload: Workload, k: int) -> Dict[str, Callable[[], None]
     return {FLOOR: make_floor(), WINDOW: updater.update, BY_HAND: make_by_hand()}
 
 
-def measure(contestants: Dict[str, Callable[[], None]], rounds: int) -> Dict[str, List[float]]:
-    """Returns the seconds of each run; in each round, all run once, in an order that rotates."""
-    names = list(contestants)
-    seconds: Dict[str, List[float]] = {name: [] for name in names}
-    for contestant in contestants.values():
-        contestant()
-    for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100, help="how often each runs")
@@ -87,9 +72,7 @@ def main() -> None:
         seconds = measure(make_contestants(workload, k), args.rounds)
         cells = []
         for name in (WINDOW, BY_HAND):
-            ratios = [time / floor for time, floor in zip(seconds[name], seconds[FLOOR])]
-            low, median, high = statistics.quantiles(ratios, n=4)
-            cells.append(f"{median:.3f} ({low:.3f}–{high:.3f})")
+            cells.append(ratios(seconds[name], seconds[FLOOR]))
         floor = statistics.median(seconds[FLOOR]) * 1e3
         print(f"| {workload.name} | {workload.micro_batch_size} | {floor:.1f} ms | {' | '.join(cells)} |", flush=True)
     print(f"\nMade by `make bench`: `python benchmarks/overhead.py --rounds {args.rounds} -k {k}`.")

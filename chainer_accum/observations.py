@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import numbers
-from typing import Any, Dict, Iterator, Mapping, Optional
+from typing import Any, ContextManager, Dict, Iterator, Mapping, Optional
 
 import chainer
 import numpy
@@ -40,12 +40,7 @@ class Observations:
         for value in self._values.values():
             value.drop_graph()
         observation: Dict[str, Any] = {}
-        try:
-            reporter = chainer.get_current_reporter()
-        except IndexError:  # there is none, and nothing to collect
-            yield observation
-            return
-        with reporter.scope(observation):
+        with _reporting_to(observation):
             yield observation
 
     def add(self, observation: Mapping[str, Any], weight: float) -> None:
@@ -63,6 +58,14 @@ class Observations:
 
         """
         return {key: value.merged() for key, value in self._values.items()}
+
+
+def _reporting_to(observation: Dict[str, Any]) -> ContextManager[None]:
+    try:
+        scope: ContextManager[None] = chainer.get_current_reporter().scope(observation)
+    except IndexError:  # there is no reporter, and nothing to collect
+        return contextlib.nullcontext()
+    return scope
 
 
 class _Value:

@@ -42,7 +42,11 @@ class AccumulatingUpdater(StandardUpdater):
     If there are several iterators or optimizers by name, the main ones are used, as in ``StandardUpdater``.
 
     If the iterator, the converter, a forward or a backward pass raises, the examples of that update are dropped, and
-    parameters, optimizer and reporter are as before it.
+    parameters, optimizer, reporter and the persistent values of the models are as before it.
+
+    If memory does not suffice for a micro-batch, the update begins again with micro-batches of half the size, as later
+    ones do. No example is read again or lost, persistent values and the random generators of the host are put back, and
+    a :class:`RuntimeWarning` says so. See ``split_when_out_of_memory``.
 
     Args:
         iterator: Dataset iterator for the training dataset, or a dictionary that maps strings to iterators.
@@ -58,8 +62,10 @@ class AccumulatingUpdater(StandardUpdater):
         accumulation_steps: Number of iterator batches per update. It is an int; or a dictionary that maps epochs,
             counted from 0, to the number that holds from then on, such as ``{0: 1, 10: 4}``; or a function of the
             updater that returns the number for its next update.
-        micro_batch_size (int): The largest number of examples in one forward/backward pass. An iterator batch with
-            more is split as evenly as can be. If ``None``, iterator batches stay whole.
+        micro_batch_size: The largest number of examples in one forward/backward pass. An iterator batch with more is
+            split as evenly as can be. If ``None``, iterator batches stay whole. With ``'auto'``, the fastest size that
+            fits in memory is found during the first updates: they are made with different sizes and timed. The size is
+            reported as ``micro_batch_size``, and the time, as long as it is taken, as ``seconds_per_example``.
         weight_func (callable): What a micro-batch counts for in the effective batch. It is called with the examples of
             the micro-batch, as the iterator gave them, and returns a number, zero or more. The right weight is what the
             loss is divided by: if the loss is a mean over tokens or over valid labels, return their number. By default,
@@ -73,6 +79,17 @@ class AccumulatingUpdater(StandardUpdater):
         observation_rules (dict): Maps keys of the observation, such as ``'main/n_correct'``, to how the values that the
             micro-batches reported become one: ``'mean'`` (by weight; the default), ``'sum'`` or ``'last'``. Of values
             that are not scalars, the last is reported.
+        split_when_out_of_memory (bool): Whether an update for which memory does not suffice begins again with smaller
+            micro-batches. The examples of an update are then kept until it is over. By default, that is so where the
+            iterator has them all in one batch anyway: if ``accumulation_steps`` is 1 and there is a
+            ``micro_batch_size``.
+        nonfinite (str): What is done with a micro-batch whose loss or gradient is not finite: ``'keep'`` counts it like
+            any other; ``'skip'`` leaves it out, with its weight, what it reported and what it did to persistent values,
+            and reports how many these were as ``skipped_micro_batches``; ``'raise'`` raises
+            :class:`FloatingPointError`. See :func:`~chainer_accum.accumulate`.
+        batch_statistics (str): When the running averages of batch normalization move: with each ``'micro_batch'``, or
+            once per ``'window'``, that is per update, by the statistics of the whole effective batch. See
+            :func:`~chainer_accum.accumulate`.
 
     Attributes:
         converter: Converter function.
@@ -86,9 +103,13 @@ class AccumulatingUpdater(StandardUpdater):
         effective_batch_size (int): Number of examples in the last update, or ``None`` if that is not known: before the
             first, if the batches of the iterator are no lists, or if :attr:`accumulation_steps` is always one and there
             is no :attr:`micro_batch_size`, so that ``StandardUpdater`` does it.
-        micro_batch_size: See the argument.
+        micro_batch_size (int): The largest number of examples in one forward/backward pass of the next update, or
+            ``None``. It may have been lowered for want of memory.
+        micro_batch_timings (dict): Seconds per example by micro-batch size, as far as ``'auto'`` has measured them.
 
     Raises:
+        FloatingPointError: If a micro-batch is not finite and ``nonfinite`` is ``'raise'``.
+        MemoryError: If memory does not suffice for a single example.
         TypeError: If an argument is of the wrong type or unknown.
         ValueError: If an argument has an impossible value, or an optimizer has not been set up.
 

@@ -11,6 +11,11 @@ import chainer.links as L
 import numpy
 import pytest
 from chainer.iterators import SerialIterator
+from hypothesis import settings
+
+# No test asserts a time.
+settings.register_profile("chainer_accum", deadline=None)
+settings.load_profile("chainer_accum")
 
 BOOKKEEPING = ("iteration", "epoch", "is_new_epoch", "epoch_detail", "previous_epoch_detail")
 

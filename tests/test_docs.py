@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 import re
 
@@ -50,4 +51,4 @@ def test_every_public_name_is_documented():
     for name in {*chainer_accum.__all__, *chainer_accum.extensions.__all__} - {"extensions"}:
         assert name in text, name
         public = getattr(chainer_accum, name, None) or getattr(chainer_accum.extensions, name)
-        assert public.__doc__ and "Args:" in public.__doc__, name
+        assert public.__doc__ and ("Args:" in public.__doc__ or not inspect.signature(public).parameters), name

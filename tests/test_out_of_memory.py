@@ -104,7 +104,7 @@ def test_the_run_is_that_of_a_machine_with_more_memory(make_optimizer, stage):
     assert model.sizes[0] == 10 and max(model.sizes[1:]) == 5 and max(model.sizes[2:]) <= 3
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     size=st.integers(1, 40),
     batch=st.integers(1, 20),
