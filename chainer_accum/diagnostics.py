@@ -346,8 +346,8 @@ def _read_settings(
             converter or updater.converter,
             loss_func or updater.loss_func,
             micro_batch_size or updater.micro_batch_size,
-            weight_func or updater._weight_func,
-            loss_reduction or updater._loss_reduction,
+            weight_func or updater.weight_func,
+            loss_reduction or updater.loss_reduction,
             updater.input_device,
             optimizer._loss_scale,
         )

@@ -105,6 +105,8 @@ class AccumulatingUpdater(StandardUpdater):
             is no :attr:`micro_batch_size`, so that ``StandardUpdater`` does it.
         micro_batch_size (int): The largest number of examples in one forward/backward pass of the next update, or
             ``None``. It may have been lowered for want of memory.
+        weight_func: See the argument.
+        loss_reduction: See the argument.
         micro_batch_timings (dict): Seconds per example by micro-batch size, as far as ``'auto'`` has measured them.
 
     Raises:
@@ -169,8 +171,8 @@ class AccumulatingUpdater(StandardUpdater):
             auto_new_epoch,
             input_device=input_device,
         )
-        self._weight_func = weight_func
-        self._loss_reduction = loss_reduction
+        self.weight_func = weight_func
+        self.loss_reduction = loss_reduction
         self._epoch_boundary = epoch_boundary
         self._observation_rules = dict(observation_rules or {})
         self._splits_when_out_of_memory = split_when_out_of_memory
@@ -264,7 +266,7 @@ class AccumulatingUpdater(StandardUpdater):
             self.get_iterator("main"),
             self._steps,
             self._size.size,
-            self._weight_func,
+            self.weight_func,
             self._epoch_boundary,
             is_repeatable=self._keeps_examples(),
         )
@@ -289,7 +291,7 @@ class AccumulatingUpdater(StandardUpdater):
         while True:
             window = Window(
                 self.get_optimizer("main"),
-                self._loss_reduction,
+                self.loss_reduction,
                 micro_batches.expected_weight,
                 self._nonfinite,
                 self._batch_statistics,

@@ -24,7 +24,7 @@ def assert_adds(total, a, b):
     numpy.testing.assert_allclose(total, expected, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from("efd"), st.integers(0, 40), st.integers(1, 300), st.integers(1, 400))
 def test_the_product_is_added_in_place(dtype, k, m, n):
     assert_adds(*make_arrays(dtype, m, n, k))

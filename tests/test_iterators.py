@@ -277,7 +277,7 @@ def test_windows_run_across_the_ends_of_epochs(size: int, way: Any) -> None:
     assert iterator.calls == 10 * arguments.get("accumulation_steps", 1)
 
 
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=25, derandomize=True, database=None)
 @hypothesis.given(
     size=st.integers(1, 30),
     batch_size=st.integers(1, 9),

@@ -50,7 +50,7 @@ each_call = pytest.mark.parametrize("update", [update_with_lossfun, update_with_
 
 
 @each_call
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=6), st.integers(1, 4))
 def test_each_kth_call_makes_the_step_of_the_whole_batch(update, sizes, steps):
     accumulated, whole = set_up(steps), set_up()

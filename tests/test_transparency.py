@@ -69,7 +69,7 @@ def compare(
     return updaters
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.integers(1, 60),
     batch_size=st.integers(1, 20),

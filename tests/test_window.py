@@ -33,7 +33,7 @@ def split(sizes):
     return [slice(end - size, end) for size, end in zip(sizes, ends)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.one_of(st.none(), st.floats(0.5, 1000)))
 def test_weighted_means_make_the_step_of_the_whole_batch(sizes, expected_weight):
     whole, accumulated = set_up(), set_up()
@@ -47,7 +47,7 @@ def test_weighted_means_make_the_step_of_the_whole_batch(sizes, expected_weight)
     assert_same_optimizer_state(accumulated, whole)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4))
 def test_sums_make_the_step_of_the_whole_batch(sizes):
     class Sum(chainer.Chain):
