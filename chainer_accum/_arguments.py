@@ -48,6 +48,16 @@ def check_int(name: str, value: Any, least: int, remedy: str) -> int:
     return int(value)
 
 
+def check_number(name: str, value: Any, least: float, below: float, remedy: str) -> float:
+    """Returns the value as a float, or raises TypeError or ValueError unless it is a number in that range."""
+    message = f"{name} must be a number from {least} to less than {below}, got {value!r}; {remedy}"
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(message)
+    if not least <= float(value) < below:
+        raise ValueError(message)
+    return float(value)
+
+
 def check_weight(weight: Any, name: str) -> float:
     """Returns the weight as a float, or raises TypeError or ValueError unless it is a finite number of 0 or more."""
     is_array = not isinstance(weight, chainer.Variable) and getattr(weight, "ndim", -1) == 0

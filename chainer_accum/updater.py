@@ -17,6 +17,7 @@ from chainer.training.updaters import StandardUpdater
 from chainer_accum._arguments import check_bool, check_callable, check_choice, check_int, check_set_up
 from chainer_accum._devices import free_memory
 from chainer_accum.batch_statistics import BATCH_STATISTICS
+from chainer_accum.gradient_norms import GradientNorms
 from chainer_accum.micro_batches import EPOCH_BOUNDARIES, MicroBatches, WeightFunc
 from chainer_accum.mixed_precision import serialize_mixed_precision
 from chainer_accum.observations import OBSERVATION_RULES, Observations
@@ -107,6 +108,10 @@ class AccumulatingUpdater(StandardUpdater):
             ``None``. It may have been lowered for want of memory.
         weight_func: See the argument.
         loss_reduction: See the argument.
+        gradient_norm_interval (int): If it is set, each so many updates, those whose number is a multiple of it, the
+            norms of the gradients of all micro-batches are measured.
+        gradient_norms (~chainer_accum.gradient_norms.GradientNorms): Those of the last update, or ``None`` if they were
+            not measured.
         micro_batch_timings (dict): Seconds per example by micro-batch size, as far as ``'auto'`` has measured them.
 
     Raises:
@@ -181,6 +186,8 @@ class AccumulatingUpdater(StandardUpdater):
         # Of the last window: epoch_detail as it began, and whether an epoch ended in it. None before the first.
         self._last_window: Optional[Tuple[Optional[float], bool]] = None
         self.effective_batch_size: Optional[int] = None
+        self.gradient_norm_interval: Optional[int] = None
+        self.gradient_norms: Optional[GradientNorms] = None
         self.accumulation_steps = accumulation_steps
 
     @property
@@ -221,6 +228,7 @@ class AccumulatingUpdater(StandardUpdater):
         iterator = self.get_iterator("main")
         epoch_detail = getattr(iterator, "epoch_detail", None)  # StandardUpdater does not need it, either
         self._steps = self._schedule(self)
+        self.gradient_norms = None
         if self._is_standard():
             super().update_core()
             is_new_epoch = bool(iterator.is_new_epoch)
@@ -289,12 +297,14 @@ class AccumulatingUpdater(StandardUpdater):
         persistent_values = PersistentValues([*links, _as_link(self.loss_func)])
         random_state = RandomState() if micro_batches.is_repeatable else None
         while True:
+            self.gradient_norms = GradientNorms() if self._measures_norms() else None
             window = Window(
                 self.get_optimizer("main"),
                 self.loss_reduction,
                 micro_batches.expected_weight,
                 self._nonfinite,
                 self._batch_statistics,
+                self.gradient_norms,
             )
             observations = Observations(self._observation_rules)
             try:
@@ -343,6 +353,9 @@ class AccumulatingUpdater(StandardUpdater):
             RuntimeWarning,
             stacklevel=2,
         )
+
+    def _measures_norms(self) -> bool:
+        return bool(self.gradient_norm_interval) and (self.iteration + 1) % self.gradient_norm_interval == 0
 
     def _keeps_examples(self) -> bool:
         if self._splits_when_out_of_memory is not None:

@@ -17,6 +17,7 @@ import numpy
 from chainer_accum._arguments import check_choice, check_set_up, check_weight
 from chainer_accum._devices import device_of
 from chainer_accum.batch_statistics import BATCH_STATISTICS, BatchStatistics
+from chainer_accum.gradient_norms import GradientNorms
 from chainer_accum.gradient_sums import GradientSums
 from chainer_accum.persistent_values import PersistentValues
 
@@ -44,6 +45,7 @@ class Window:
             ``'raise'``; see :func:`~chainer_accum.accumulate`.
         batch_statistics (str): When the running averages of batch normalization move: with each ``'micro_batch'`` or
             once per ``'window'``; see :func:`~chainer_accum.accumulate`.
+        norms (GradientNorms): Where to put the squared norms of the gradients, or ``None`` if they are not asked for.
 
     Attributes:
         micro_batches (int): How many micro-batches have been added, those that were skipped among them.
@@ -59,12 +61,14 @@ class Window:
         expected_weight: Optional[float] = None,
         nonfinite: str = "keep",
         batch_statistics: str = "micro_batch",
+        norms: Optional[GradientNorms] = None,
     ) -> None:
         self._optimizer = optimizer
         self._is_mean = loss_reduction == "mean"
         self._expected_weight = expected_weight
         self._nonfinite = nonfinite
         self._statistics = BatchStatistics(is_collecting=batch_statistics == "window")
+        self._norms = norms
         self._weight = 0.0
         # Chainer has no public way to ask for the scale. It is read once: a window has one scale from end to end.
         self._loss_scale: Optional[float] = optimizer._loss_scale
@@ -132,7 +136,7 @@ class Window:
         self._check_open()
         weight = check_weight(weight, "weight")
         self.micro_batches += 1
-        params = list(self._optimizer.target.params(include_uninit=False))
+        params = self._params()
         if self._checks_gradients() and weight > 0 and not _are_finite(_grads(params)):
             self._optimizer.target.cleargrads()
             self._skip("its gradient is not")
@@ -181,6 +185,8 @@ class Window:
                 param.grad = total.astype(param.dtype, copy=False)
             if self._has_run_backward:
                 param._loss_scale = self._loss_scale  # where the backward pass records it for the update rule
+        if self._norms is not None:
+            self._norms.set_window(_grads(self._params()), (self._loss_scale or 1.0) * self._divisor(self._weight))
         self._optimizer.update()
         return True
 
@@ -198,7 +204,7 @@ class Window:
         """Adds the gradients of a loss, or adds none and returns what is not finite, if that matters."""
         if self._nonfinite != "keep" and not _are_finite([loss.array]):
             return f"its loss is {float(loss.array)}"
-        if not self._checks_gradients():
+        if not self._checks_gradients() and self._norms is None:
             self.is_open = False
             # This clears the gradients; not before the forward pass, in which lazy parameters are born with NaN for a
             # gradient and a loss function may run a backward pass of its own.
@@ -208,9 +214,12 @@ class Window:
         else:
             self._optimizer.target.cleargrads()
             self._run_backward(loss, weight)
-            params = list(self._optimizer.target.params(include_uninit=False))
-            if not _are_finite(_grads(params)):
+            params = self._params()
+            if self._checks_gradients() and not _are_finite(_grads(params)):
                 return f"its gradient is not, and its loss is {float(loss.array)}"
+            if self._norms is not None:
+                scale = self._scale(weight) * (self._loss_scale or 1.0)
+                self._norms.add(_grads(params), scale * self._divisor(weight), weight)
             self._sums.take_from(params)
         self._has_run_backward = True
         self._weight += weight
@@ -244,6 +253,13 @@ class Window:
         if self._expected_weight is None:
             self._expected_weight = weight
         return weight / self._expected_weight
+
+    def _divisor(self, weight: float) -> float:
+        """Returns what a gradient of this weight is to be divided by to be that of a mean."""
+        return 1.0 if self._is_mean else weight or 1.0
+
+    def _params(self) -> List[chainer.Parameter]:
+        return list(self._optimizer.target.params(include_uninit=False))
 
     def _check_open(self) -> None:
         if not self.is_open:
