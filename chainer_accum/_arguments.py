@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Tuple
+from typing import Any, Callable, Tuple
 
 import chainer
 
@@ -48,12 +48,12 @@ def check_int(name: str, value: Any, least: int, remedy: str) -> int:
     return int(value)
 
 
-def check_number(name: str, value: Any, least: float, below: float, remedy: str) -> float:
-    """Returns the value as a float, or raises TypeError or ValueError unless it is a number in that range."""
-    message = f"{name} must be a number from {least} to less than {below}, got {value!r}; {remedy}"
+def check_real(name: str, value: Any, is_possible: Callable[[float], bool], expected: str, remedy: str) -> float:
+    """Returns the value as a float, or raises TypeError or ValueError unless it is a number that is possible."""
+    message = f"{name} must be {expected}, got {value!r}; {remedy}"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(message)
-    if not least <= float(value) < below:
+    if not is_possible(float(value)):
         raise ValueError(message)
     return float(value)
 

@@ -8,7 +8,7 @@ from typing import Any, Optional, Tuple
 import chainer
 from chainer.training import extension
 
-from chainer_accum._arguments import check_int, check_number
+from chainer_accum._arguments import check_int, check_real
 from chainer_accum.gradient_norms import GradientNorms
 from chainer_accum.updater import AccumulatingUpdater
 
@@ -61,7 +61,9 @@ class GradientNoiseScale(extension.Extension):
 
     def __init__(self, interval: int = 10, smoothing: float = 0.95, adapt_up_to: Optional[int] = None) -> None:
         self._interval = check_int("interval", interval, 1, "use 1 to look at each update")
-        self._smoothing = check_number("smoothing", smoothing, 0, 1, "use 0 for no smoothing")
+        self._smoothing = check_real(
+            "smoothing", smoothing, lambda value: 0 <= value < 1, "a number from 0 to less than 1", "use 0 for none"
+        )
         self._most_steps = adapt_up_to
         if adapt_up_to is not None:
             self._most_steps = check_int("adapt_up_to", adapt_up_to, 2, "use None to leave accumulation_steps alone")
