@@ -39,7 +39,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
     """Updater for losses that compare the examples of a batch, such as n-pair, triplet and NT-Xent losses.
 
     One :meth:`update` makes the step that :class:`~chainer.training.updaters.StandardUpdater` would make with the
-    whole effective batch and the loss function ``lambda *args: loss_func(encoder(*args))``, but keeps the graph of the
+    whole effective batch and the loss function ``lambda *args: loss_func(*encoder(*args))``, but keeps the graph of the
     encoder for one micro-batch at a time. For this, the encoder runs twice: first without a graph for all
     micro-batches, then, after the loss of all of them, with a graph for one after the other. See: Gao et al. 2021,
     `Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup <https://arxiv.org/abs/2101.06983>`_.

@@ -620,7 +620,12 @@ def other_shape(model):
     return lambda x, t: (calls.append(1), model(x)[: 6 - len(calls) // 4])[1]
 
 
-@pytest.mark.parametrize("make_encoder", [own_noise, counting, other_shape])
+def stateful(model):
+    lstm = L.LSTM(5, 5)
+    return lambda x, t: model(lstm(x))
+
+
+@pytest.mark.parametrize("make_encoder", [own_noise, counting, other_shape, stateful])
 def test_an_encoder_that_cannot_be_replayed_is_refused(make_encoder):
     model = make_mlp()
     updater = make_updater(

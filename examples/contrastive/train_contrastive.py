@@ -193,7 +193,7 @@ def nearest_neighbour_accuracy(embed: Any) -> float:
 def make_table(results: Sequence[Result], accuracy_of_pixels: float) -> str:
     """Returns a Markdown table with one row per result; each is compared with the first."""
     lines = [
-        "| updater | parameters differ by | accuracy of the nearest neighbour | peak memory of an update | processor time |",
+        "| updater | parameters differ by | accuracy of the nearest neighbour | peak memory | processor time |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     expected = parameters_of(results[0].model)
