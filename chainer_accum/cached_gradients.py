@@ -9,7 +9,6 @@ as the encoder does the same both times, which is for this module to see to.
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -19,11 +18,12 @@ from chainer.dataset import concat_examples
 
 from chainer_accum._arguments import check_callable
 from chainer_accum._devices import device_of
-from chainer_accum.micro_batches import MicroBatch, MicroBatches, WeightFunc
+from chainer_accum.micro_batches import MicroBatches, WeightFunc
 from chainer_accum.observations import Observations
+from chainer_accum.persistent_values import PersistentValues
 from chainer_accum.random_state import RandomState, devices_of
 from chainer_accum.schedules import Steps
-from chainer_accum.updater import AccumulatingUpdater
+from chainer_accum.updater import AccumulatingUpdater, fitting
 from chainer_accum.window import Window
 
 _Name = Union[str, int]
@@ -72,14 +72,16 @@ class CachedGradientUpdater(AccumulatingUpdater):
         encoder: Function that maps converted examples to what the loss function compares. The target link of the main
             optimizer is used by default.
         accumulation_steps: Number of iterator batches per update. See :class:`~chainer_accum.AccumulatingUpdater`.
-        micro_batch_size (int): The largest number of examples that are encoded at a time. An iterator batch with more
-            is split as evenly as can be. If ``None``, iterator batches stay whole.
+        micro_batch_size: The largest number of examples that are encoded at a time, or ``'auto'``. An iterator batch
+            with more is split as evenly as can be. If ``None``, iterator batches stay whole.
         weight_func (callable): What a micro-batch counts for in the means of what the encoder reports. It is called
             with the examples of the micro-batch, as the iterator gave them. By default, the number of examples.
         epoch_boundary (str): ``'carry'`` lets an effective batch run across the end of an epoch, as a large batch does;
             ``'flush'`` ends it there, with fewer examples.
         observation_rules (dict): Maps keys of the observation to how the values that the encoder reported become one:
             ``'mean'`` (by weight; the default), ``'sum'`` or ``'last'``.
+        split_when_out_of_memory (bool): Whether an update begins again with smaller micro-batches if memory does not
+            suffice to encode one. See :class:`~chainer_accum.AccumulatingUpdater`.
 
     Attributes:
         encoder: Encoder function. If it is ``None``, the target link of the main optimizer is used instead.
@@ -104,10 +106,11 @@ class CachedGradientUpdater(AccumulatingUpdater):
         input_device: Any = None,
         encoder: Optional[Callable[..., Any]] = None,
         accumulation_steps: Steps = 1,
-        micro_batch_size: Optional[int] = None,
+        micro_batch_size: Union[int, str, None] = None,
         weight_func: Optional[WeightFunc] = None,
         epoch_boundary: str = "carry",
         observation_rules: Optional[Mapping[str, str]] = None,
+        split_when_out_of_memory: Optional[bool] = None,
     ) -> None:
         check_callable("loss_func", loss_func, "pass the loss as a function of what the encoder returns")
         if encoder is not None:
@@ -126,60 +129,41 @@ class CachedGradientUpdater(AccumulatingUpdater):
             weight_func=weight_func,
             epoch_boundary=epoch_boundary,
             observation_rules=observation_rules,
+            split_when_out_of_memory=split_when_out_of_memory,
         )
         self.encoder = encoder
 
-    def update_core(self) -> None:
-        self._is_standard = False  # the step of StandardUpdater knows of no encoder
-        super().update_core()
+    def _is_standard(self) -> bool:
+        return False  # the step of StandardUpdater knows of no encoder
 
-    def _update_with_window(self) -> bool:
-        micro_batches = MicroBatches(
-            self.get_iterator("main"),
-            self._steps,
-            self._micro_batch_size,
-            self._weight_func,
-            self._epoch_boundary,
-        )
+    def _try_passes(self, micro_batches: MicroBatches) -> Tuple[Window, Dict[str, Any]]:
         optimizer = self.get_optimizer("main")
         # The gradients of the passes are parts of one gradient, not gradients of which to take a mean.
         window = Window(optimizer, "sum")
-        observation = self._run_passes(window, list(micro_batches))
-        update_observations = Observations()
-        with update_observations.of_micro_batch(1.0):
-            window.update()
-        chainer.report({**observation, **update_observations.merged()})
-        self.effective_batch_size = micro_batches.examples or None
-        if self.auto_new_epoch and micro_batches.is_new_epoch:
-            optimizer.new_epoch(auto=True)
-        return micro_batches.is_new_epoch
-
-    def _run_passes(self, window: Window, micro_batches: Sequence[MicroBatch]) -> Dict[str, Any]:
-        """Adds the gradient of the loss to the window and returns what was reported."""
-        target = self.get_optimizer("main").target
-        self._initialize_parameters(micro_batches[0].examples)
-        encoder_observations, loss_observations = Observations(self._observation_rules), Observations()
-        before = _State(target)
-        try:
-            encoded = []
-            for micro_batch in micro_batches:
-                with encoder_observations.of_micro_batch(micro_batch.weight), chainer.no_backprop_mode():
+        of_encoder, of_loss = Observations(self._observation_rules), Observations()
+        parts = list(micro_batches)
+        self._initialize_parameters(parts[0].examples)
+        before = _State(optimizer.target)
+        encoded = []
+        for micro_batch in parts:
+            with fitting(micro_batches, micro_batch.examples), of_encoder.collecting() as observation:
+                with chainer.no_backprop_mode():
                     encoded.append(_copies(_by_name(self._encode(micro_batch.examples))))
-            cache = _Cache(encoded)
-            del encoded  # which the cache has put together
-            with loss_observations.of_micro_batch(1.0):
-                window.add(cache.compare, self.loss_func)
-            after = _State(target)
-            before.restore()
-            for index, micro_batch in enumerate(micro_batches if cache.has_gradient else ()):
-                with Observations().of_micro_batch(1.0):  # all has been reported already
-                    window.add(cache.replay, index, functools.partial(self._encode, micro_batch.examples))
-            cache.check_replay()
-            after.restore()
-        except BaseException:
-            before.restore()
-            raise
-        return {**encoder_observations.merged(), **loss_observations.merged()}
+            of_encoder.add(observation, micro_batch.weight)
+        cache = _Cache(encoded)
+        del encoded  # which the cache has put together
+        with of_loss.collecting() as observation:
+            window.add(cache.compare, self.loss_func)
+        of_loss.add(observation, 1.0)
+        after = _State(optimizer.target)
+        before.restore()
+        for index, micro_batch in enumerate(parts if cache.has_gradient else ()):
+            # What is reported has been reported already.
+            with fitting(micro_batches, micro_batch.examples), of_loss.collecting():
+                window.add(cache.replay, index, functools.partial(self._encode, micro_batch.examples))
+        cache.check_replay()
+        after.restore()
+        return window, {**of_encoder.merged(), **of_loss.merged()}
 
     def _encode(self, examples: Any) -> Any:
         encoder = self.encoder or self.get_optimizer("main").target
@@ -198,7 +182,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
         """
         optimizer = self.get_optimizer("main")
         if optimizer.t == 0 and not all(param.is_initialized for param in optimizer.target.params()):
-            with Observations().of_micro_batch(1.0), chainer.no_backprop_mode(), chainer.using_config("train", False):
+            with Observations().collecting(), chainer.no_backprop_mode(), chainer.using_config("train", False):
                 self._encode(examples)
 
 
@@ -284,20 +268,12 @@ class _State:
 
     def __init__(self, target: chainer.Link) -> None:
         self._random = RandomState(devices_of([target]))
-        self._persistent = [
-            (link, name, getattr(link, name), copy.deepcopy(getattr(link, name)))
-            for link in target.links()
-            for name in sorted(link._persistent)  # Chainer has no public way to ask for the names
-        ]
+        self._persistent = PersistentValues([target])
 
     def restore(self) -> None:
-        """Goes back to the state. Arrays stay the same arrays, as links may share them."""
+        """Goes back to the state."""
         self._random.restore()
-        for link, name, value, saved in self._persistent:
-            if isinstance(value, chainer.get_array_types()):
-                with device_of(value):
-                    value[...] = saved
-            setattr(link, name, value)
+        self._persistent.restore()
 
 
 def _by_name(encoded: Any) -> Dict[_Name, Any]:

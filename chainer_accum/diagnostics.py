@@ -252,8 +252,8 @@ _COMPARISON = Cause(
     "comparison",
     "No weights make the gradients of the micro-batches add up to that of the batch: something is computed over all "
     "examples of the batch, such as a loss that compares one example with another.",
-    "Use a loss to which each example contributes by itself, and for regularization an optimizer hook, or leave the "
-    "batch whole.",
+    "Use CachedGradientUpdater for a loss that compares what an encoder returns, an optimizer hook for regularization, "
+    "or a loss to which each example contributes by itself.",
 )
 _AGREEABLE = {_FLOAT16, _STATE, _RANDOMNESS, _BATCH_NORMALIZATION}  # with these out of the way, the steps may agree
 _HIDDEN = Cause(

@@ -8,7 +8,7 @@ import functools
 import inspect
 import numbers
 import warnings
-from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, NoReturn, Optional, Tuple, Union
 
 import chainer
 from chainer.dataset import concat_examples
@@ -279,65 +279,57 @@ class AccumulatingUpdater(StandardUpdater):
             is_repeatable=self._keeps_examples(),
         )
         self._size.begin_window(device)
-        window, observations = self._run_passes(micro_batches)
-        update_observations = Observations()
-        with update_observations.collecting() as observation:
+        window, observation = self._run_passes(micro_batches)
+        of_update = Observations()
+        with of_update.collecting() as reported:
             window.update()
-        update_observations.add(observation, 1.0)
-        chainer.report({**observations.merged(), **update_observations.merged()})
+        of_update.add(reported, 1.0)
+        chainer.report({**observation, **of_update.merged()})
         self._size.end_window(device, micro_batches.shapes, micro_batches.examples, micro_batches.largest_batch)
         self.effective_batch_size = micro_batches.examples or None
         if self.auto_new_epoch and micro_batches.is_new_epoch:
             optimizer.new_epoch(auto=True)
         return micro_batches.is_new_epoch
 
-    def _run_passes(self, micro_batches: MicroBatches) -> Tuple[Window, Observations]:
+    def _run_passes(self, micro_batches: MicroBatches) -> Tuple[Window, Dict[str, Any]]:
         """Runs all passes of a window, if need be from the beginning again, with smaller micro-batches."""
         links = [optimizer.target for optimizer in self.get_all_optimizers().values()]
         persistent_values = PersistentValues([*links, _as_link(self.loss_func)])
         random_state = RandomState() if micro_batches.is_repeatable else None
         while True:
-            self.gradient_norms = GradientNorms() if self._measures_norms() else None
-            window = Window(
-                self.get_optimizer("main"),
-                self.loss_reduction,
-                micro_batches.expected_weight,
-                self._nonfinite,
-                self._batch_statistics,
-                self.gradient_norms,
-            )
-            observations = Observations(self._observation_rules)
             try:
-                failure = self._add_micro_batches(micro_batches, window, observations)
+                return self._try_passes(micro_batches)
+            except _OutOfMemory as error:
+                failed, message = error.examples, str(error)
             except BaseException:
                 persistent_values.restore()
                 raise
-            if failure is None:
-                return window, observations
-            # The failed pass has left the stack, and with these goes the last that it held.
-            del window, observations
+            # Here, all that the failed pass held is free.
             persistent_values.restore()
             if random_state is not None:
                 random_state.restore()
-            self._lower_micro_batch_size(*failure)
+            self._lower_micro_batch_size(failed, message)
             micro_batches.begin_again(self._size.size)
 
-    def _add_micro_batches(
-        self, micro_batches: MicroBatches, window: Window, observations: Observations
-    ) -> Optional[Tuple[int, str]]:
-        """Adds all micro-batches, or returns for how many examples memory did not suffice, and what was said of it."""
+    def _try_passes(self, micro_batches: MicroBatches) -> Tuple[Window, Dict[str, Any]]:
+        """Runs all passes of a window, and returns it with what they reported."""
+        self.gradient_norms = GradientNorms() if self._measures_norms() else None
+        window = Window(
+            self.get_optimizer("main"),
+            self.loss_reduction,
+            micro_batches.expected_weight,
+            self._nonfinite,
+            self._batch_statistics,
+            self.gradient_norms,
+        )
+        observations = Observations(self._observation_rules)
         for micro_batch in micro_batches:
-            try:
-                with observations.collecting() as observation:
-                    is_counted = window.add(self._bind_loss(micro_batch.examples), weight=micro_batch.weight)
-            except MemoryError as error:
-                if not micro_batches.is_repeatable:
-                    raise
-                return len(micro_batch.examples), str(error)
+            with fitting(micro_batches, micro_batch.examples), observations.collecting() as observation:
+                is_counted = window.add(self._bind_loss(micro_batch.examples), weight=micro_batch.weight)
             if is_counted:
                 observations.add(observation, micro_batch.weight)
             del micro_batch  # its examples are not to be held while the next are read
-        return None
+        return window, observations.merged()
 
     def _lower_micro_batch_size(self, failed: int, message: str) -> None:
         if failed == 1:
@@ -370,6 +362,25 @@ class AccumulatingUpdater(StandardUpdater):
         if isinstance(arguments, dict):
             return functools.partial(loss_func, **arguments)
         return functools.partial(loss_func, arguments)
+
+
+class _OutOfMemory(Exception):
+    """Memory did not suffice for a pass, which can be run again with fewer examples."""
+
+    def __init__(self, examples: int, error: MemoryError) -> None:
+        super().__init__(str(error))
+        self.examples = examples
+
+
+@contextlib.contextmanager
+def fitting(micro_batches: MicroBatches, examples: Any) -> Iterator[None]:
+    """Returns a context for a pass with these examples, from which the window can begin again if memory fails."""
+    try:
+        yield
+    except MemoryError as error:
+        if micro_batches.is_repeatable:
+            raise _OutOfMemory(len(examples), error) from None
+        raise
 
 
 def _make_size(micro_batch_size: Any) -> MicroBatchSize:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tracemalloc
+import warnings
 import weakref
 
 import chainer_accum
@@ -701,3 +702,33 @@ def test_what_a_loss_function_cannot_return(loss_func, error, message):
 def test_bad_arguments_are_refused(kwargs, error, message):
     with pytest.raises(error, match=message):
         make_updater(CachedGradientUpdater, serial(make_dataset(), 6), optimizers.SGD(), **kwargs)
+
+
+@pytest.mark.parametrize("micro_batch_size", [10, "auto"])
+def test_a_micro_batch_that_does_not_fit_is_encoded_in_smaller_ones(micro_batch_size):
+    models = []
+    for limit in (None, 3):
+        model = Model()
+        sizes = []
+
+        def encode(x, t, model=model, sizes=sizes, limit=limit):
+            sizes.append(len(x))
+            if limit is not None and len(x) > limit:
+                raise MemoryError("no room")
+            return model.encode(x, t)
+
+        updater = make_updater(
+            CachedGradientUpdater,
+            serial(make_dataset(20), 10),
+            optimizers.SGD(0.1),
+            model,
+            encoder=encode,
+            loss_func=model.loss,
+            micro_batch_size=micro_batch_size,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if limit else "error", RuntimeWarning)
+            run(updater, 2)
+        models.append(model)
+    assert_same_parameters(*models)
+    assert [size for size in sizes if size > 3] == [10, 5]
