@@ -18,10 +18,11 @@ from chainer_accum._arguments import check_bool, check_callable, check_choice, c
 from chainer_accum._devices import free_memory
 from chainer_accum.batch_statistics import BATCH_STATISTICS
 from chainer_accum.gradient_norms import GradientNorms
-from chainer_accum.micro_batches import EPOCH_BOUNDARIES, MicroBatches, WeightFunc
+from chainer_accum.micro_batches import EPOCH_BOUNDARIES, MicroBatch, MicroBatches, WeightFunc
 from chainer_accum.mixed_precision import serialize_mixed_precision
 from chainer_accum.observations import OBSERVATION_RULES, Observations
 from chainer_accum.persistent_values import PersistentValues
+from chainer_accum.prefetching import prepare_ahead, prepare_lazily
 from chainer_accum.random_state import RandomState
 from chainer_accum.schedules import Steps, make_schedule
 from chainer_accum.tuning import MicroBatchSize, TunedMicroBatchSize
@@ -80,6 +81,10 @@ class AccumulatingUpdater(StandardUpdater):
         observation_rules (dict): Maps keys of the observation, such as ``'main/n_correct'``, to how the values that the
             micro-batches reported become one: ``'mean'`` (by weight; the default), ``'sum'`` or ``'last'``. Of values
             that are not scalars, the last is reported.
+        prefetch (bool): Whether the next micro-batch of an update is read from the iterator and converted in a thread
+            while the present one computes. Then one more converted micro-batch is alive at a time. If the dataset or
+            the converter draws from the random generators that the model draws from, the order of their draws is left
+            to chance.
         split_when_out_of_memory (bool): Whether an update for which memory does not suffice begins again with smaller
             micro-batches. The examples of an update are then kept until it is over. By default, that is so where the
             iterator has them all in one batch anyway: if ``accumulation_steps`` is 1 and there is a
@@ -139,6 +144,7 @@ class AccumulatingUpdater(StandardUpdater):
         loss_reduction: str = "mean",
         epoch_boundary: str = "carry",
         observation_rules: Optional[Mapping[str, str]] = None,
+        prefetch: bool = False,
         split_when_out_of_memory: Optional[bool] = None,
         nonfinite: str = "keep",
         batch_statistics: str = "micro_batch",
@@ -160,6 +166,7 @@ class AccumulatingUpdater(StandardUpdater):
         self._size = _make_size(micro_batch_size)
         if split_when_out_of_memory is not None:
             check_bool("split_when_out_of_memory", split_when_out_of_memory, "use None to decide by what else is asked")
+        check_bool("prefetch", prefetch, "use True to convert the next micro-batch in a thread")
         check_choice("nonfinite", nonfinite, NONFINITE)
         check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
         check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
@@ -181,6 +188,7 @@ class AccumulatingUpdater(StandardUpdater):
         self._epoch_boundary = epoch_boundary
         self._observation_rules = dict(observation_rules or {})
         self._splits_when_out_of_memory = split_when_out_of_memory
+        self._prefetches = prefetch
         self._nonfinite = nonfinite
         self._batch_statistics = batch_statistics
         # Of the last window: epoch_detail as it began, and whether an epoch ended in it. None before the first.
@@ -323,12 +331,14 @@ class AccumulatingUpdater(StandardUpdater):
             self.gradient_norms,
         )
         observations = Observations(self._observation_rules)
-        for micro_batch in micro_batches:
-            with fitting(micro_batches, micro_batch.examples), observations.collecting() as observation:
-                is_counted = window.add(self._bind_loss(micro_batch.examples), weight=micro_batch.weight)
-            if is_counted:
-                observations.add(observation, micro_batch.weight)
-            del micro_batch  # its examples are not to be held while the next are read
+        prepare = prepare_ahead if self._prefetches else prepare_lazily
+        with contextlib.closing(prepare(iter(micro_batches), self._bind_loss)) as prepared:
+            for micro_batch, bind_loss in prepared:
+                with fitting(micro_batches, micro_batch.examples), observations.collecting() as observation:
+                    is_counted = window.add(bind_loss(), weight=micro_batch.weight)
+                if is_counted:
+                    observations.add(observation, micro_batch.weight)
+                del micro_batch, bind_loss  # its examples are not to be held while the next are read
         return window, observations.merged()
 
     def _lower_micro_batch_size(self, failed: int, message: str) -> None:
@@ -354,9 +364,9 @@ class AccumulatingUpdater(StandardUpdater):
             return self._splits_when_out_of_memory
         return self._size.size is not None and self._steps == 1  # when the iterator has made the whole batch anyway
 
-    def _bind_loss(self, examples: Any) -> Callable[[], chainer.Variable]:
+    def _bind_loss(self, micro_batch: MicroBatch) -> Callable[[], chainer.Variable]:
         loss_func = self.loss_func or self.get_optimizer("main").target
-        arguments = chainer.dataset.convert._call_converter(self.converter, examples, self.input_device)
+        arguments = chainer.dataset.convert._call_converter(self.converter, micro_batch.examples, self.input_device)
         if isinstance(arguments, tuple):
             return functools.partial(loss_func, *arguments)
         if isinstance(arguments, dict):
