@@ -48,11 +48,14 @@ class Window:
         norms (GradientNorms): Where to put the squared norms of the gradients, or ``None`` if they are not asked for.
 
     Attributes:
+        is_shared (bool): Whether other processes take part in the window, and wait for this one to update.
         micro_batches (int): How many micro-batches have been added, those that were skipped among them.
         skipped_micro_batches (int): How many have been skipped, as they were not finite.
         is_open (bool): ``False`` once the window was updated or a backward pass of it failed.
 
     """
+
+    is_shared = False
 
     def __init__(
         self,
@@ -166,7 +169,7 @@ class Window:
         self._optimizer.target.cleargrads()
         if self._nonfinite == "skip":
             chainer.report({"skipped_micro_batches": self.skipped_micro_batches})
-        if self.skipped_micro_batches > 0 and self._weight == 0:
+        if self.skipped_micro_batches > 0 and self._weight == 0 and not self.is_shared:
             warnings.warn(
                 f"no update: all {self.skipped_micro_batches} micro-batches of the window with a weight were skipped, "
                 "as their losses or gradients are not finite; look at the learning rate and at the data",
@@ -175,9 +178,7 @@ class Window:
             )
             return False
         self._statistics.update()
-        correction = 1.0
-        if self._is_mean and self._expected_weight and self._weight:
-            correction = self._expected_weight / self._weight
+        correction = self._correction()
         for param, total in self._sums.take():
             with device_of(total), numpy.errstate(over="ignore"):  # an overflow is for dynamic loss scaling to find
                 if correction != 1:
@@ -187,7 +188,7 @@ class Window:
                 param._loss_scale = self._loss_scale  # where the backward pass records it for the update rule
         if self._norms is not None:
             self._norms.set_window(_grads(self._params()), (self._loss_scale or 1.0) * self._divisor(self._weight))
-        self._optimizer.update()
+        self._step()
         return True
 
     def serialize(self, serializer: Any) -> None:
@@ -261,6 +262,16 @@ class Window:
     def _params(self) -> List[chainer.Parameter]:
         return list(self._optimizer.target.params(include_uninit=False))
 
+    def _correction(self) -> float:
+        """Returns what the sums are multiplied by, now that all weights are known."""
+        if self._is_mean and self._expected_weight and self._weight:
+            return self._expected_weight / self._weight
+        return 1.0
+
+    def _step(self) -> None:
+        """Updates the parameters with the gradients that they have."""
+        self._optimizer.update()
+
     def _check_open(self) -> None:
         if not self.is_open:
             raise RuntimeError("this window was updated or a backward pass of it failed; begin a new window")
@@ -327,7 +338,7 @@ def _check_loss(loss: Any, weight: float) -> None:
             f"the loss function must return a chainer.Variable, got {type(loss).__name__}; "
             "return the loss as one scalar Variable"
         )
-    if loss.array is None or loss.array.size != 1:
+    if loss.array is None or (loss.array.size != 1 and not _is_delegate(loss)):
         shape = None if loss.array is None else loss.shape
         raise ValueError(
             f"the loss must be a scalar, got a Variable of shape {shape}; reduce it, for example with F.mean(loss)"
@@ -350,3 +361,8 @@ def _are_finite(arrays: Iterable[Any]) -> bool:
         with device_of(array):
             flags.append(chainer.backend.get_array_module(array).isfinite(array).all())
     return all(bool(flag) for flag in flags)
+
+
+def _is_delegate(loss: chainer.Variable) -> bool:
+    """Returns whether it is what ChainerMN has in the place of a loss that another process computes."""
+    return loss.array.size == 0 and type(loss.creator).__module__.startswith("chainermn.")
