@@ -11,6 +11,7 @@ from typing import Any, Callable, Optional
 import chainer
 
 from chainer_accum._arguments import check_choice, check_int, check_set_up, check_weight
+from chainer_accum.distributed import begin_window
 from chainer_accum.mixed_precision import serialize_mixed_precision
 from chainer_accum.window import LOSS_REDUCTIONS, NONFINITE, Window
 

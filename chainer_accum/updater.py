@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import numbers
+import sys
 import warnings
 from typing import Any, Callable, Dict, Iterator, Mapping, NoReturn, Optional, Tuple, Union
 
@@ -17,6 +18,7 @@ from chainer.training.updaters import StandardUpdater
 from chainer_accum._arguments import check_bool, check_callable, check_choice, check_int, check_set_up
 from chainer_accum._devices import free_memory
 from chainer_accum.batch_statistics import BATCH_STATISTICS
+from chainer_accum.distributed import begin_window, communicator_of, finish, links_communicate, update_without_data
 from chainer_accum.gradient_norms import GradientNorms
 from chainer_accum.micro_batches import EPOCH_BOUNDARIES, MicroBatch, MicroBatches, WeightFunc
 from chainer_accum.mixed_precision import serialize_mixed_precision
@@ -236,16 +238,28 @@ class AccumulatingUpdater(StandardUpdater):
         iterator = self.get_iterator("main")
         epoch_detail = getattr(iterator, "epoch_detail", None)  # StandardUpdater does not need it, either
         self._steps = self._schedule(self)
+        optimizer = self.get_optimizer("main")
         self.gradient_norms = None
         if self._is_standard():
             super().update_core()
             is_new_epoch = bool(iterator.is_new_epoch)
         else:
-            is_new_epoch = self._update_with_window()
+            try:
+                is_new_epoch = self._update_with_window()
+            except StopIteration:
+                if not update_without_data(optimizer, self._loss_reduction):
+                    raise
+                is_new_epoch = False
         self._last_window = epoch_detail, is_new_epoch
 
     def finalize(self) -> None:
-        """Finalizes each iterator that can be finalized."""
+        """Finalizes each iterator that can be finalized.
+
+        With a multi-node optimizer, it first takes part in what updates the other ranks have left to do.
+
+        """
+        if sys.exc_info()[0] is None:  # a rank that failed does not go on, though a Trainer finalizes it as well
+            finish(self.get_optimizer("main"), self._loss_reduction)
         for iterator in self._iterators.values():
             if hasattr(iterator, "finalize"):
                 iterator.finalize()

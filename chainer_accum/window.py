@@ -326,9 +326,9 @@ def accumulate(
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
     check_choice("nonfinite", nonfinite, NONFINITE)
     check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
-    window = Window(optimizer, loss_reduction, expected_weight, nonfinite, batch_statistics)
+    window = begin_window(optimizer, loss_reduction, expected_weight, nonfinite, batch_statistics)
     yield window
-    if window.micro_batches > 0:
+    if window.micro_batches > 0 or window.is_shared:
         window.update()
 
 

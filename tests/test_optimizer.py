@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import assert_same_optimizer_state, assert_same_parameters, make_dataset, make_model, serial
+from thread_ranks import run_ranks
 
 inputs, labels = chainer.dataset.concat_examples(make_dataset(48))
 
@@ -281,30 +282,17 @@ def test_an_accumulating_optimizer_can_be_copied():
     assert copy.deepcopy(optimizer).accumulation_steps == 2
 
 
-class Communicator:
-    """Stands in for ChainerMN's: one process, which counts what it is asked."""
-
-    def __init__(self):
-        self.all_reduces = self.broadcasts = 0
-
-    def multi_node_mean_grad(self, model, zero_fill):
-        self.all_reduces += 1
-
-    def bcast_data(self, model):
-        self.broadcasts += 1
-
-
 def test_there_is_one_all_reduce_per_window():
     from chainermn.optimizers import _MultiNodeOptimizer
 
-    communicator = Communicator()
-    multi_node = _MultiNodeOptimizer(optimizers.SGD(0.1), communicator, False)
-    optimizer = create_accumulating_optimizer(multi_node, 4).setup(make_model())
-    optimizer.target(inputs, labels)  # so that no parameter is lazy
-    for part in parts_of([3] * 16):
-        update_with_lossfun(optimizer, part)
-    assert communicator.all_reduces + communicator.broadcasts == 4
-    assert optimizer.t == communicator.all_reduces == 3  # the first window is ChainerMN's broadcast
+    def program(communicator):
+        multi_node = _MultiNodeOptimizer(optimizers.SGD(0.1), communicator, False)
+        optimizer = create_accumulating_optimizer(multi_node, 4).setup(make_model())
+        for part in parts_of([3] * 16):
+            update_with_lossfun(optimizer, part)
+        return optimizer.t, communicator.collectives.count("mean_grad")
+
+    assert run_ranks(2, program) == [(4, 4)] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,269 @@
+"""Windows over the ranks of ChainerMN: one all-reduce of gradients per window, and weights that are global.
+
+ChainerMN's optimizer averages the gradients of the ranks. That is the gradient over all examples only where each rank
+has as many. So here each rank scales its sums by the weight of all ranks, and the mean that ChainerMN takes is the
+gradient that one process would have with the examples of all. For that, the ranks add up one number per window.
+
+When parameters are new to it, ChainerMN's optimizer gives all ranks those of the first one, and drops the gradients. So
+a window does that itself, before its first pass; if parameters are born in a pass, it shares them once all passes are
+done, and runs these again. No window is lost.
+
+What one rank does in a collective, all must do. So each decision here is made from a number that all ranks have added
+up, or from parameters that they have shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple
+
+import chainer
+import numpy
+
+from chainer_accum._devices import device_of
+from chainer_accum.gradient_sums import GradientSums
+from chainer_accum.persistent_values import PersistentValues
+from chainer_accum.window import Window
+
+
+def communicator_of(optimizer: Any) -> Optional[Any]:
+    """Returns the communicator of a multi-node optimizer, or ``None`` for any other.
+
+    Raises:
+        ValueError: If the optimizer uses double buffering.
+
+    """
+    chainermn = sys.modules.get("chainermn.optimizers")  # where nobody has imported it, there is no such optimizer
+    if chainermn is None:
+        return None
+    if isinstance(optimizer, chainermn._DoubleBufferingOptimizer):
+        raise ValueError(
+            "optimizer must not use double buffering, got double_buffering=True: it would update with the gradients of "
+            "the window before, and drop the first two; call create_multi_node_optimizer without it"
+        )
+    return optimizer.communicator if isinstance(optimizer, chainermn._MultiNodeOptimizer) else None
+
+
+def begin_window(optimizer: Any, loss_reduction: str = "mean", expected_weight: Optional[float] = None) -> Window:
+    """Returns a new window, one over all ranks if the optimizer is a multi-node one. See :class:`Window`."""
+    window_class = Window if communicator_of(optimizer) is None else MultiNodeWindow
+    return window_class(optimizer, loss_reduction, expected_weight)
+
+
+def update_without_data(optimizer: Any, loss_reduction: str = "mean") -> bool:
+    """Takes part in the update of the other ranks with a window that has no micro-batch.
+
+    Returns:
+        bool: Whether there was an update. There is none on a single process, or if no rank has a micro-batch.
+
+    """
+    window = begin_window(optimizer, loss_reduction)
+    if not isinstance(window, MultiNodeWindow):
+        return False
+    window.update()
+    return window.has_data
+
+
+def finish(optimizer: Any, loss_reduction: str = "mean") -> None:
+    """Takes part in the updates of the other ranks until all of them call this."""
+    while update_without_data(optimizer, loss_reduction):
+        pass
+
+
+class MultiNodeWindow(Window):
+    r"""A window of which each rank has its own micro-batches, and some maybe none.
+
+    With losses that are means, the gradient that reaches the optimizer of each rank is
+    :math:`\sum_i w_i g_i / \sum_i w_i` over the micro-batches :math:`i` of all ranks; with losses that are sums, it is
+    :math:`\sum_i g_i`. Each rank is to call :meth:`update` once, even if it has nothing to add.
+
+    While the model has uninitialized parameters, the window holds the arguments of its calls, to repeat them if the
+    ranks find that they have begun with different values. Repeated calls report nothing, and draw new random numbers.
+
+    The numbers of micro-batches may differ, unless the model has links that communicate, such as
+    :class:`chainermn.links.MultiNodeBatchNormalization`: then the ranks make sure before each pass that all run one.
+
+    Args:
+        optimizer: Multi-node optimizer that has been set up with the model.
+        loss_reduction (str): ``'mean'`` or ``'sum'``: what the losses are of their examples.
+        expected_weight (float): What the weights of this rank are likely to add up to.
+
+    Attributes:
+        has_data (bool): After :meth:`update`, whether any rank had a micro-batch. If none had, nothing was updated.
+
+    """
+
+    is_shared = True
+
+    def __init__(self, optimizer: Any, loss_reduction: str = "mean", expected_weight: Optional[float] = None) -> None:
+        super().__init__(optimizer, loss_reduction, expected_weight)
+        self._communicator = optimizer.communicator
+        self._is_in_lockstep = any(map(_communicates, optimizer.target.links()))
+        self._has_begun = False
+        self._unborn: List[chainer.Parameter] = []
+        self._persistent_values: Optional[PersistentValues] = None
+        self._passes: List[Callable[[], None]] = []
+        self._has_gradients_of_caller = False
+        self._global_weight = 0.0
+        self.has_data = False
+
+    def add(self, lossfun: Callable[..., chainer.Variable], *args: Any, weight: float = 1, **kwargs: Any) -> None:
+        """Runs one forward and one backward pass. See :meth:`Window.add`.
+
+        Raises:
+            RuntimeError: If the model has links that communicate, and another rank runs no pass now; or if the window
+                is over: it was updated, or a pass of it failed where the ranks cannot repeat it.
+
+        """
+        self._check_open()
+        self._share_parameters_at_first()
+        run = functools.partial(super().add, lossfun, *args, weight=weight, **kwargs)
+        if self._is_in_lockstep:
+            self._agree_on_pass(True)
+        try:
+            run()
+        except BaseException:
+            self.is_open = self.is_open and not self._is_in_lockstep  # the other ranks are in that pass, too
+            raise
+        if self._unborn:
+            self._passes.append(run)
+
+    def add_gradients(self, weight: float = 1) -> None:
+        """Adds the gradients that the parameters have. See :meth:`Window.add_gradients`.
+
+        Raises:
+            RuntimeError: If they were computed before the ranks had the same parameters, which they have from then on.
+
+        """
+        self._check_open()
+        self._has_gradients_of_caller = True
+        if self._share_parameters_at_first():
+            self._refuse_gradients()
+        super().add_gradients(weight)
+
+    def update(self) -> None:
+        """Updates the parameters of all ranks once, if any of them had a micro-batch. See :meth:`Window.update`."""
+        self._check_open()
+        self._share_parameters_at_first()
+        if self._is_in_lockstep:
+            self._agree_on_pass(False)
+        if self._unborn:
+            self._share_new_parameters()
+        self._global_weight = self._sum_over_ranks(self._weight)
+        self.has_data = self._global_weight > 0 or self._sum_over_ranks(self.micro_batches) > 0
+        if self.has_data:
+            super().update()
+        self.is_open = False
+
+    def _correction(self) -> float:
+        ranks = float(self._communicator.size)  # by which ChainerMN will divide the sum
+        if not self._is_mean:
+            return ranks
+        if not self._expected_weight or not self._global_weight:
+            return 1.0
+        return self._expected_weight * ranks / self._global_weight
+
+    def _step(self) -> None:
+        for param in self._optimizer.target.params(include_uninit=False):
+            with device_of(param.array):
+                if param.grad is None:  # not so on the other ranks, maybe, and what one sends, all must
+                    param.grad = param.xp.zeros(param.shape, param.dtype)
+                elif not param.grad.flags.c_contiguous:  # of which ChainerMN would average a copy
+                    param.grad = param.xp.ascontiguousarray(param.grad)
+            if not self._has_gradients_of_caller:
+                param._loss_scale = self._loss_scale  # even if the backward passes were those of other ranks
+        self._optimizer.is_changed(self._optimizer.target)  # from here on, no parameter is new to it
+        super()._step()
+
+    def _share_parameters_at_first(self) -> bool:
+        """Gives the ranks the same parameters if these are new to the optimizer. Returns whether they differed."""
+        if self._has_begun:
+            return False
+        self._has_begun = True
+        target = self._optimizer.target
+        have_differed = self._optimizer.is_changed(target) and share_parameters(target, self._communicator)
+        self._unborn = [param for param in target.params() if param.array is None]
+        if self._unborn:
+            self._persistent_values = PersistentValues([target])
+        return have_differed
+
+    def _share_new_parameters(self) -> None:
+        """Gives the ranks the same new parameters, and runs all passes again if these have had other ones."""
+        is_born = any(param.array is not None for param in self._unborn)
+        if not self._sum_over_ranks(is_born) or not share_parameters(self._optimizer.target, self._communicator):
+            return
+        if self._has_gradients_of_caller:
+            self._refuse_gradients()
+        assert self._persistent_values is not None
+        self._persistent_values.restore()
+        self._sums = GradientSums(self._optimizer.target)
+        self._weight, self.micro_batches = 0.0, 0
+        with _reports_dropped():
+            for run in self._passes:
+                run()
+
+    def _refuse_gradients(self) -> None:
+        self.is_open = False
+        raise RuntimeError(
+            "the ranks must have the same parameters before a backward pass of your own, got gradients of different "
+            "ones; they have been given the same now: run the pass again, or begin each rank with the same random seed"
+        )
+
+    def _agree_on_pass(self, has_pass: bool) -> None:
+        """Raises on each rank unless all ranks have another pass or none has."""
+        ranks = self._sum_over_ranks(has_pass)
+        if ranks not in (0, self._communicator.size):
+            self.is_open = False
+            raise RuntimeError(
+                "each rank must have the same number of micro-batches where links of the model communicate, got "
+                f"micro-batch {self.micro_batches + 1} on {ranks:.0f} of {self._communicator.size} ranks only; "
+                "give the ranks as many examples each, with the same accumulation_steps and micro_batch_size, or use "
+                "links that do not communicate"
+            )
+
+    def _sum_over_ranks(self, value: float) -> float:
+        return float(self._communicator.allreduce(numpy.array([value], numpy.float64))[0])
+
+
+def share_parameters(target: chainer.Link, communicator: Any) -> bool:
+    """Gives all ranks the same parameters: of each, the values of the first rank that has initialized it.
+
+    Returns:
+        bool: Whether a rank had others.
+
+    """
+    params: List[Tuple[str, chainer.Parameter]] = sorted(target.namedparams())
+    shapes = {name: param.shape for name, param in params if param.array is not None}
+    roots: Dict[str, Tuple[int, Any]] = {}
+    for rank, shapes_there in enumerate(communicator.bcast_obj(communicator.gather_obj(shapes))):
+        for name, shape in shapes_there.items():
+            roots.setdefault(name, (rank, shape))
+    host = chainer.get_device("@numpy")
+    differs = False
+    for name, param in params:
+        if name not in roots:
+            continue
+        root, shape = roots[name]
+        own = None if param.array is None else host.send(param.array)
+        values = communicator.bcast_obj(own if communicator.rank == root else None, root=root)
+        if own is None:
+            param.initialize(shape)
+        elif not numpy.array_equal(own, values):
+            differs = True
+        with device_of(param.array):
+            param.array[...] = param.device.send(values)
+    return bool(communicator.allreduce_obj(int(differs)))
+
+
+def _communicates(link: chainer.Link) -> bool:
+    return any(base.__module__.startswith("chainermn.") for base in type(link).__mro__)
+
+
+def _reports_dropped() -> ContextManager[Any]:
+    try:
+        scope: ContextManager[Any] = chainer.get_current_reporter().scope({})
+    except IndexError:  # there is no reporter
+        return contextlib.nullcontext()
+    return scope
