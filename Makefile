@@ -3,12 +3,13 @@
 PYTHON =
 VENV = .venv
 CONSTRAINTS =
+REQUIREMENTS =
 RUN = $(VENV)/bin/python -m
 
 # Named for the interpreter, so that asking for another one makes the environment anew.
 READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
 
-.PHONY: demo test check lint types docs oldest newest coverage bench clean
+.PHONY: demo test test-mpi mpi-jobs check lint types docs oldest newest coverage bench clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/digits/train_digits.py --out result
@@ -36,6 +37,18 @@ newest: $(READY)
 	newest="$$(tools/pythons.sh | tail -n 1)"; \
 	[ "$$("$$newest" -V)" = "$$($(VENV)/bin/python -V)" ] || $(MAKE) test VENV=.venvs/newest PYTHON="$$newest"
 
+# The tests with ChainerMN, with an MPI from the package registry: on new versions of all, and on NumPy 1 with mpi4py 3.
+test-mpi:
+	$(MAKE) mpi-jobs VENV=.venvs/mpi REQUIREMENTS="mpich mpi4py~=4.0"
+	$(MAKE) mpi-jobs VENV=.venvs/mpi-oldest REQUIREMENTS="mpich mpi4py~=3.1" \
+		PYTHON="$$(tools/pythons.sh | head -n 1)" CONSTRAINTS=oldest-constraints.txt
+
+mpi-jobs: $(READY)
+	for ranks in 2 4; do \
+		MPIEXEC_TIMEOUT=300 OMP_NUM_THREADS=1 $(VENV)/bin/mpiexec -n $$ranks \
+			$(RUN) pytest -p no:cacheprovider --capture=sys tests/mpi || exit; \
+	done
+
 # One thread, so that what is compared does not depend on what else the machine does.
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/overhead.py >benchmarks/overhead.md
@@ -51,5 +64,5 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): setup.py setup.cfg build-constraints.txt $(CONSTRAINTS) tools/make_venv.sh
-	tools/make_venv.sh $(VENV) "$(PYTHON)" $(addprefix --constraint ,$(CONSTRAINTS))
+	REQUIREMENTS="$(REQUIREMENTS)" tools/make_venv.sh $(VENV) "$(PYTHON)" $(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Makes a virtual environment with chainer_accum in it, to work on this checkout.
 # usage: tools/make_venv.sh DIRECTORY PYTHON [PIP_ARGUMENT...]
+# The environment variable REQUIREMENTS may name more packages, apart by spaces.
 # PYTHON may be empty: then it is python3, if that is a version that is tested, or else the newest one that is.
 set -eu
 
@@ -35,3 +36,8 @@ fi
 export PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }build-constraints.txt"
 export PIP_BUILD_CONSTRAINT="${PIP_BUILD_CONSTRAINT:+$PIP_BUILD_CONSTRAINT }build-constraints.txt"
 "$directory/bin/python" -m pip install --disable-pip-version-check --quiet --editable '.[test,dev]' "$@"
+
+# One after the other: where mpi4py has no wheel, it is built with the compiler that mpich brings.
+for requirement in ${REQUIREMENTS:-}; do
+    PATH="$PWD/$directory/bin:$PATH" "$directory/bin/python" -m pip install --disable-pip-version-check --quiet "$requirement"
+done
