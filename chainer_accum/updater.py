@@ -45,6 +45,9 @@ class AccumulatingUpdater(StandardUpdater):
 
     If there are several iterators or optimizers by name, the main ones are used, as in ``StandardUpdater``.
 
+    With a multi-node optimizer of ChainerMN, an effective batch is that of all ranks together, each with an updater and
+    an iterator of its own.
+
     If the iterator, the converter, a forward or a backward pass raises, the examples of that update are dropped, and
     parameters, optimizer, reporter and the persistent values of the models are as before it.
 
@@ -250,6 +253,7 @@ class AccumulatingUpdater(StandardUpdater):
                 if not update_without_data(optimizer, self._loss_reduction):
                     raise
                 is_new_epoch = False
+                self.effective_batch_size = 0
         self._last_window = epoch_detail, is_new_epoch
 
     def finalize(self) -> None:

@@ -351,6 +351,7 @@ def test_ranks_whose_data_ends_early_take_part_until_no_rank_has_any(steps, upda
             updater.update()
         assert updater.iteration == updater.get_optimizer("main").t == updates
         assert updater.epoch_detail == 1
+        assert updater.effective_batch_size == (4 if communicator.rank == 1 else 0)
         return updater.get_optimizer("main")
 
     windows = []
