@@ -291,19 +291,29 @@ def test_a_model_may_be_spread_over_ranks(comm):
 # What else ChainerMN has.
 
 
-@pytest.mark.skipif(
-    tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4), reason="ChainerMN's own iterator fails with NumPy 2.4"
-)
+NUMPY = tuple(map(int, numpy.__version__.split(".")[:2]))
+
+
+@pytest.mark.skipif(NUMPY >= (2, 4), reason="ChainerMN's iterator fails with this NumPy, as the next test shows")
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
 def test_ranks_may_share_the_batches_of_one_iterator(comm):
     iterator = chainermn.iterators.create_multi_node_iterator(serial(DATASET[:20], 6), comm)
     updater = AccumulatingUpdater(iterator, make_optimizer(comm), accumulation_steps=2, micro_batch_size=4)
     for _ in range(3):
         updater.update()
-    examples = DATASET[:20] + DATASET[:20]
-    # The iterator's last batch of an epoch wraps, as that of SerialIterator does.
+    examples = DATASET[:20] + DATASET[:20]  # the last batch of an epoch wraps, as that of SerialIterator does
     expected = train_alone([examples[12 * i : 12 * i + 12] for i in range(3)])
     assert_same_parameters(updater.get_optimizer("main").target, expected.target)
+
+
+@pytest.mark.skipif(NUMPY < (2, 4), reason="ChainerMN's iterator works with this NumPy, as the test before shows")
+def test_the_iterator_that_shares_batches_fails_with_this_numpy(comm):
+    own = comm.split(0, comm.rank)  # for what the first rank sends, nobody reads
+    if comm.rank > 0:
+        with pytest.raises(TypeError, match="only 0-dimensional arrays can be converted"):
+            chainermn.iterators.create_multi_node_iterator(serial(DATASET[:20], 6), own)
+    else:
+        chainermn.iterators.create_multi_node_iterator(serial(DATASET[:20], 6), own)
 
 
 def make_trainer(comm, path, autoload=False):
@@ -366,21 +376,29 @@ def test_the_flat_communicator_needs_cupy(comm):
 # The way here from the updaters for several devices of one process.
 
 
-def test_parallel_updater_is_the_ranks_with_as_many_times_the_learning_rate(comm):
+@pytest.mark.parametrize(
+    "make_parallel, make_mine",
+    [
+        (lambda n: optimizers.SGD(0.1), lambda n: optimizers.SGD(0.1 * n)),
+        (lambda n: optimizers.Adam(eps=0.01), lambda n: optimizers.Adam(eps=0.01 / n)),
+    ],
+    ids=["SGD", "Adam"],
+)
+def test_parallel_updater_is_the_ranks_with_another_learning_rate_or_eps(comm, make_parallel, make_mine):
     def make_its_model():
         return L.Classifier(L.Linear(5, 3, initialW=numpy.eye(3, 5)))
 
     devices = {name: chainer.get_device("@numpy") for name in ["main", *map(str, range(1, comm.size))]}
     parallel = ParallelUpdater(
-        serial(DATASET, 4 * comm.size), optimizers.SGD(0.1).setup(make_its_model()), concat, devices=devices
+        serial(DATASET, 4 * comm.size), make_parallel(comm.size).setup(make_its_model()), concat, devices=devices
     )
     mine = DATASET[comm.rank :: comm.size]  # ParallelUpdater deals the examples out to its devices
-    optimizer = make_optimizer(comm, make_its_model(), optimizers.SGD(0.1 * comm.size))  # and adds up their gradients
+    optimizer = make_optimizer(comm, make_its_model(), make_mine(comm.size))  # and adds up their gradients
     updater = AccumulatingUpdater(serial(mine, 2), optimizer, accumulation_steps=2)
     for _ in range(3):
         parallel.update()
         updater.update()
-    assert_same_parameters(optimizer.target, parallel.get_optimizer("main").target)
+    assert_same_parameters(optimizer.target, parallel.get_optimizer("main").target, tolerance=1e-5)
 
 
 def concat(batch, device):
