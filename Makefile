@@ -4,12 +4,13 @@ PYTHON =
 VENV = .venv
 CONSTRAINTS =
 REQUIREMENTS =
+MPI = mpich mpi4py~=4.0
 RUN = $(VENV)/bin/python -m
 
 # Named for the interpreter, so that asking for another one makes the environment anew.
 READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
 
-.PHONY: demo test test-mpi mpi-jobs check lint types docs oldest newest coverage bench clean
+.PHONY: demo test test-mpi mpi-jobs check lint types docs oldest newest coverage bench bench-mpi communication.md clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/digits/train_digits.py --out result
@@ -39,7 +40,7 @@ newest: $(READY)
 
 # The tests with ChainerMN, with an MPI from the package registry: on new versions of all, and on NumPy 1 with mpi4py 3.
 test-mpi:
-	$(MAKE) mpi-jobs VENV=.venvs/mpi REQUIREMENTS="mpich mpi4py~=4.0"
+	$(MAKE) mpi-jobs VENV=.venvs/mpi REQUIREMENTS="$(MPI)"
 	$(MAKE) mpi-jobs VENV=.venvs/mpi-oldest REQUIREMENTS="mpich mpi4py~=3.1" \
 		PYTHON="$$(tools/pythons.sh | head -n 1)" CONSTRAINTS=oldest-constraints.txt
 
@@ -48,12 +49,19 @@ mpi-jobs: $(READY)
 		MPIEXEC_TIMEOUT=300 OMP_NUM_THREADS=1 $(VENV)/bin/mpiexec -n $$ranks \
 			$(RUN) pytest -p no:cacheprovider --capture=sys tests/mpi || exit; \
 	done
+	OMP_NUM_THREADS=1 $(RUN) pytest tests/test_example_chainermn.py
 
 # One thread, so that what is compared does not depend on what else the machine does.
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/overhead.py >benchmarks/overhead.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/memory.py >benchmarks/memory.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/auto.py >benchmarks/auto.md
+
+bench-mpi:
+	$(MAKE) communication.md VENV=.venvs/mpi REQUIREMENTS="$(MPI)"
+
+communication.md: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/mpiexec -n 2 $(VENV)/bin/python benchmarks/communication.py >benchmarks/$@
 
 coverage: $(READY)
 	$(RUN) coverage run -m pytest
