@@ -139,8 +139,7 @@ class MultiNodeWindow(Window):
         """
         self._check_open()
         self._has_gradients_of_caller = True
-        if self._share_parameters_at_first():
-            self._refuse_gradients()
+        self._share_parameters_at_first()
         super().add_gradients(weight)
 
     def update(self) -> None:
@@ -177,17 +176,19 @@ class MultiNodeWindow(Window):
         self._optimizer.is_changed(self._optimizer.target)  # from here on, no parameter is new to it
         super()._step()
 
-    def _share_parameters_at_first(self) -> bool:
-        """Gives the ranks the same parameters if these are new to the optimizer. Returns whether they differed."""
+    def _share_parameters_at_first(self) -> None:
+        """Gives the ranks the same parameters if these are new to the optimizer."""
         if self._has_begun:
-            return False
+            return
         self._has_begun = True
         target = self._optimizer.target
         have_differed = self._optimizer.is_changed(target) and share_parameters(target, self._communicator)
+        # There are micro-batches already if the window is one of a run that was resumed.
+        if have_differed and (self._has_gradients_of_caller or self.micro_batches > 0):
+            self._refuse_gradients()
         self._unborn = [param for param in target.params() if param.array is None]
         if self._unborn:
             self._persistent_values = PersistentValues([target])
-        return have_differed
 
     def _share_new_parameters(self) -> None:
         """Gives the ranks the same new parameters, and runs all passes again if these have had other ones."""
@@ -207,8 +208,9 @@ class MultiNodeWindow(Window):
     def _refuse_gradients(self) -> None:
         self.is_open = False
         raise RuntimeError(
-            "the ranks must have the same parameters before a backward pass of your own, got gradients of different "
-            "ones; they have been given the same now: run the pass again, or begin each rank with the same random seed"
+            "the ranks must have the same parameters before a backward pass that cannot be repeated here, got "
+            "gradients of different ones; they have been given the same now: run the pass again, or begin each rank "
+            "with the same random seed"
         )
 
     def _agree_on_pass(self, has_pass: bool) -> None:

@@ -12,6 +12,7 @@ import numpy
 import pytest
 from chainer_accum import AccumulatingUpdater, accumulate, create_accumulating_optimizer
 from chainer import optimizers
+from chainer.serializers import load_npz, save_npz
 from chainer.training import Trainer
 from chainer_accum.distributed import MultiNodeWindow, begin_window
 from chainer_accum.window import Window
@@ -324,6 +325,25 @@ def test_gradients_of_a_parameter_that_is_born_different_are_refused():
                 optimizer.target.cleargrads()
                 loss.backward()
                 optimizer.update()
+
+    run_ranks(2, program)
+
+
+def test_a_window_begun_with_different_parameters_is_not_resumed(tmp_path):
+    def program(communicator):
+        def set_up(rank):
+            multi_node = make_multi_node(momentum_sgd(), communicator)
+            return create_accumulating_optimizer(multi_node, 2).setup(lazy_model(rank))
+
+        x, t = chainer.dataset.concat_examples(DATASET[:4])
+        saved, loaded = set_up(communicator.rank), set_up(5)
+        saved.update(saved.target, x, t)
+        for name, each in ("model", saved.target), ("optimizer", saved):
+            save_npz(str(tmp_path / f"{name}{communicator.rank}"), each, compression=False)
+        for name, each in ("model", loaded.target), ("optimizer", loaded):
+            load_npz(str(tmp_path / f"{name}{communicator.rank}"), each)
+        with pytest.raises(RuntimeError, match="same parameters before a backward pass that cannot be repeated"):
+            loaded.update(loaded.target, x, t)
 
     run_ranks(2, program)
 
