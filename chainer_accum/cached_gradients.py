@@ -18,6 +18,7 @@ from chainer.dataset import concat_examples
 
 from chainer_accum._arguments import check_callable
 from chainer_accum._devices import device_of
+from chainer_accum.distributed import begin_window, communicator_of
 from chainer_accum.micro_batches import MicroBatches, WeightFunc
 from chainer_accum.observations import Observations
 from chainer_accum.persistent_values import PersistentValues
@@ -131,6 +132,11 @@ class CachedGradientUpdater(AccumulatingUpdater):
             observation_rules=observation_rules,
             split_when_out_of_memory=split_when_out_of_memory,
         )
+        if communicator_of(self.get_optimizer("main")) is not None:
+            raise ValueError(
+                "optimizer must not be a multi-node one, got one with a communicator: each rank would compare its own "
+                "examples only; use AccumulatingUpdater, or a single process"
+            )
         self.encoder = encoder
 
     def _is_standard(self) -> bool:
@@ -139,14 +145,14 @@ class CachedGradientUpdater(AccumulatingUpdater):
     def _try_passes(self, micro_batches: MicroBatches) -> Tuple[Window, Dict[str, Any]]:
         optimizer = self.get_optimizer("main")
         # The gradients of the passes are parts of one gradient, not gradients of which to take a mean.
-        window = Window(optimizer, "sum")
+        window = begin_window(optimizer, "sum")
         of_encoder, of_loss = Observations(self._observation_rules), Observations()
         parts = list(micro_batches)
         self._initialize_parameters(parts[0].examples)
         before = _State(optimizer.target)
         encoded = []
         for micro_batch in parts:
-            with fitting(micro_batches, micro_batch.examples), of_encoder.collecting() as observation:
+            with fitting(window, micro_batches, micro_batch.examples), of_encoder.collecting() as observation:
                 with chainer.no_backprop_mode():
                     encoded.append(_copies(_by_name(self._encode(micro_batch.examples))))
             of_encoder.add(observation, micro_batch.weight)
@@ -159,7 +165,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
         before.restore()
         for index, micro_batch in enumerate(parts if cache.has_gradient else ()):
             # What is reported has been reported already.
-            with fitting(micro_batches, micro_batch.examples), of_loss.collecting():
+            with fitting(window, micro_batches, micro_batch.examples), of_loss.collecting():
                 window.add(cache.replay, index, functools.partial(self._encode, micro_batch.examples))
         cache.check_replay()
         after.restore()

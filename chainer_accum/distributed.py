@@ -23,7 +23,6 @@ import chainer
 import numpy
 
 from chainer_accum._devices import device_of
-from chainer_accum.gradient_sums import GradientSums
 from chainer_accum.persistent_values import PersistentValues
 from chainer_accum.window import Window
 
@@ -46,10 +45,15 @@ def communicator_of(optimizer: Any) -> Optional[Any]:
     return optimizer.communicator if isinstance(optimizer, chainermn._MultiNodeOptimizer) else None
 
 
-def begin_window(optimizer: Any, loss_reduction: str = "mean", expected_weight: Optional[float] = None) -> Window:
+def begin_window(optimizer: Any, *args: Any, **kwargs: Any) -> Window:
     """Returns a new window, one over all ranks if the optimizer is a multi-node one. See :class:`Window`."""
     window_class = Window if communicator_of(optimizer) is None else MultiNodeWindow
-    return window_class(optimizer, loss_reduction, expected_weight)
+    return window_class(optimizer, *args, **kwargs)
+
+
+def links_communicate(optimizer: Any) -> bool:
+    """Returns whether forward passes of the model wait for those of other ranks."""
+    return communicator_of(optimizer) is not None and any(map(_communicates, optimizer.target.links()))
 
 
 def update_without_data(optimizer: Any, loss_reduction: str = "mean") -> bool:
@@ -87,8 +91,8 @@ class MultiNodeWindow(Window):
 
     Args:
         optimizer: Multi-node optimizer that has been set up with the model.
-        loss_reduction (str): ``'mean'`` or ``'sum'``: what the losses are of their examples.
-        expected_weight (float): What the weights of this rank are likely to add up to.
+        *args: As for :class:`Window`. The expected weight is that of this rank.
+        **kwargs: As for :class:`Window`.
 
     Attributes:
         has_data (bool): After :meth:`update`, whether any rank had a micro-batch. If none had, nothing was updated.
@@ -97,19 +101,24 @@ class MultiNodeWindow(Window):
 
     is_shared = True
 
-    def __init__(self, optimizer: Any, loss_reduction: str = "mean", expected_weight: Optional[float] = None) -> None:
-        super().__init__(optimizer, loss_reduction, expected_weight)
+    def __init__(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(optimizer, *args, **kwargs)
         self._communicator = optimizer.communicator
-        self._is_in_lockstep = any(map(_communicates, optimizer.target.links()))
+        self._is_in_lockstep = links_communicate(optimizer)
         self._has_begun = False
         self._unborn: List[chainer.Parameter] = []
         self._persistent_values: Optional[PersistentValues] = None
-        self._passes: List[Callable[[], None]] = []
+        self._passes: List[Callable[[], Any]] = []
         self._has_gradients_of_caller = False
         self._global_weight = 0.0
         self.has_data = False
 
-    def add(self, lossfun: Callable[..., chainer.Variable], *args: Any, weight: float = 1, **kwargs: Any) -> None:
+    @property
+    def is_repeatable(self) -> bool:  # type: ignore[override]
+        # Other ranks may be in the same pass, or wait to hear of the parameters that were born in it.
+        return not self._is_in_lockstep and not self._unborn
+
+    def add(self, lossfun: Callable[..., chainer.Variable], *args: Any, weight: float = 1, **kwargs: Any) -> bool:
         """Runs one forward and one backward pass. See :meth:`Window.add`.
 
         Raises:
@@ -123,14 +132,15 @@ class MultiNodeWindow(Window):
         if self._is_in_lockstep:
             self._agree_on_pass(True)
         try:
-            run()
+            is_counted = run()
         except BaseException:
             self.is_open = self.is_open and not self._is_in_lockstep  # the other ranks are in that pass, too
             raise
         if self._unborn:
             self._passes.append(run)
+        return is_counted
 
-    def add_gradients(self, weight: float = 1) -> None:
+    def add_gradients(self, weight: float = 1) -> bool:
         """Adds the gradients that the parameters have. See :meth:`Window.add_gradients`.
 
         Raises:
@@ -140,9 +150,9 @@ class MultiNodeWindow(Window):
         self._check_open()
         self._has_gradients_of_caller = True
         self._share_parameters_at_first()
-        super().add_gradients(weight)
+        return super().add_gradients(weight)
 
-    def update(self) -> None:
+    def update(self) -> bool:
         """Updates the parameters of all ranks once, if any of them had a micro-batch. See :meth:`Window.update`."""
         self._check_open()
         self._share_parameters_at_first()
@@ -153,8 +163,9 @@ class MultiNodeWindow(Window):
         self._global_weight = self._sum_over_ranks(self._weight)
         self.has_data = self._global_weight > 0 or self._sum_over_ranks(self.micro_batches) > 0
         if self.has_data:
-            super().update()
+            return super().update()
         self.is_open = False
+        return False
 
     def _correction(self) -> float:
         ranks = float(self._communicator.size)  # by which ChainerMN will divide the sum
@@ -163,6 +174,14 @@ class MultiNodeWindow(Window):
         if not self._expected_weight or not self._global_weight:
             return 1.0
         return self._expected_weight * ranks / self._global_weight
+
+    def _divisor_of_window(self) -> float:
+        # What the parameters have is this rank's part of what will be the mean over the ranks.
+        part = self._weight / self._global_weight if self._is_mean and self._global_weight else 1.0
+        return super()._divisor_of_window() * float(self._communicator.size) * part
+
+    def _is_all_skipped(self) -> bool:
+        return self._global_weight == 0 and self._sum_over_ranks(self.skipped_micro_batches) > 0
 
     def _step(self) -> None:
         for param in self._optimizer.target.params(include_uninit=False):
@@ -199,8 +218,7 @@ class MultiNodeWindow(Window):
             self._refuse_gradients()
         assert self._persistent_values is not None
         self._persistent_values.restore()
-        self._sums = GradientSums(self._optimizer.target)
-        self._weight, self.micro_batches = 0.0, 0
+        self._begin()
         with _reports_dropped():
             for run in self._passes:
                 run()

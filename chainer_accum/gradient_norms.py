@@ -23,6 +23,10 @@ class GradientNorms:
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all norms."""
         self.weights: List[float] = []
         self.micro_batches: List[Any] = []
         self.window: Any = None

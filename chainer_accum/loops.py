@@ -1,18 +1,77 @@
-"""Training in one call: the loop that is written by hand, and the Trainer that is set up by hand, done right."""
+"""Training loops: what a loop of your own needs, the one that is written by hand, and the Trainer, done right."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Union
 
 import chainer
 from chainer.training import Trainer, extensions
 
-from chainer_accum._arguments import check_int
+from chainer_accum._arguments import check_choice, check_int, check_set_up
+from chainer_accum.batch_statistics import BATCH_STATISTICS
+from chainer_accum.distributed import begin_window
 from chainer_accum.extensions.accumulate import Accumulate
 from chainer_accum.schedules import Steps, make_schedule
 from chainer_accum.updater import AccumulatingUpdater
+from chainer_accum.window import LOSS_REDUCTIONS, NONFINITE, Window
+
+
+@contextlib.contextmanager
+def accumulate(
+    optimizer: Any,
+    *,
+    loss_reduction: str = "mean",
+    expected_weight: Optional[float] = None,
+    nonfinite: str = "keep",
+    batch_statistics: str = "micro_batch",
+) -> Iterator[Window]:
+    """Returns a context in which losses are added up, and after which the optimizer updates once.
+
+    This is gradient accumulation for a training loop of your own:
+
+    .. code-block:: python
+
+        with accumulate(optimizer) as window:
+            for x, t in micro_batches:
+                window.add(model, x, t, weight=len(x))
+
+    The step is that of ``optimizer.update(model, ...)`` with all examples at once. A block that raises or that adds
+    nothing changes neither the parameters nor the optimizer.
+
+    Args:
+        optimizer (~chainer.Optimizer): Optimizer that has been set up with the model.
+        loss_reduction (str): ``'mean'`` or ``'sum'``: what the losses are of their examples.
+        expected_weight (float): What the weights are likely to add up to. It sets the magnitude of the gradients on
+            their way, which matters in float16, not that of the result.
+        nonfinite (str): What is done with a micro-batch whose loss or gradient is not finite. ``'keep'`` counts it like
+            any other, as Chainer does; ``'skip'`` leaves it out, with its weight and what it did to persistent values;
+            ``'raise'`` raises :class:`FloatingPointError`. The last two wait for the device in each pass, and hold a
+            second set of gradients. With dynamic loss scaling, a gradient that is not finite is kept, for the optimizer
+            to find and to lower the scale.
+        batch_statistics (str): When the running averages of :class:`~chainer.links.BatchNormalization` move. With
+            ``'micro_batch'``, each forward pass moves them, as in Chainer. With ``'window'``, the update moves them
+            once, by the statistics of all that passed through the link in this window, as one forward pass would have.
+            What is normalized is still normalized by the statistics of its micro-batch.
+
+    Returns:
+        A context manager that returns a :class:`~chainer_accum.window.Window`.
+
+    Raises:
+        FloatingPointError: If a micro-batch is not finite and ``nonfinite`` is ``'raise'``.
+        ValueError: If the optimizer has not been set up or an option is unknown.
+
+    """
+    check_set_up(optimizer, "optimizer")
+    check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
+    check_choice("nonfinite", nonfinite, NONFINITE)
+    check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
+    window = begin_window(optimizer, loss_reduction, expected_weight, nonfinite, batch_statistics)
+    yield window
+    if window.micro_batches > 0 or window.is_shared:
+        window.update()
 
 
 def train_model(

@@ -133,7 +133,7 @@ class _AccumulatingOptimizer:
             self._window.serialize(serializer["window"])
 
     def _make_window(self, expected_weight: Optional[float]) -> Window:
-        return Window(self.actual_optimizer, self._loss_reduction, expected_weight, self._nonfinite)
+        return begin_window(self.actual_optimizer, self._loss_reduction, expected_weight, self._nonfinite)
 
     def __getattr__(self, name: str) -> Any:
         if name in self._OWN:  # while a copy is being made, and there is no actual optimizer yet

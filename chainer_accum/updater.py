@@ -188,6 +188,11 @@ class AccumulatingUpdater(StandardUpdater):
             auto_new_epoch,
             input_device=input_device,
         )
+        if isinstance(self._size, TunedMicroBatchSize) and links_communicate(self.get_optimizer("main")):
+            raise ValueError(
+                "micro_batch_size must be the same on all ranks where links of the model communicate, got 'auto'; "
+                "give a number"
+            )
         self.weight_func = weight_func
         self.loss_reduction = loss_reduction
         self._epoch_boundary = epoch_boundary
@@ -250,7 +255,7 @@ class AccumulatingUpdater(StandardUpdater):
             try:
                 is_new_epoch = self._update_with_window()
             except StopIteration:
-                if not update_without_data(optimizer, self._loss_reduction):
+                if not update_without_data(optimizer, self.loss_reduction):
                     raise
                 is_new_epoch = False
                 self.effective_batch_size = 0
@@ -263,7 +268,7 @@ class AccumulatingUpdater(StandardUpdater):
 
         """
         if sys.exc_info()[0] is None:  # a rank that failed does not go on, though a Trainer finalizes it as well
-            finish(self.get_optimizer("main"), self._loss_reduction)
+            finish(self.get_optimizer("main"), self.loss_reduction)
         for iterator in self._iterators.values():
             if hasattr(iterator, "finalize"):
                 iterator.finalize()
@@ -291,7 +296,8 @@ class AccumulatingUpdater(StandardUpdater):
 
     def _is_standard(self) -> bool:
         is_one_pass = self._is_one_step and self._size.size is None
-        return is_one_pass and not self._splits_when_out_of_memory and self._nonfinite == "keep"
+        is_alone = communicator_of(self.get_optimizer("main")) is None
+        return is_one_pass and is_alone and not self._splits_when_out_of_memory and self._nonfinite == "keep"
 
     def _update_with_window(self) -> bool:
         optimizer = self.get_optimizer("main")
@@ -340,7 +346,7 @@ class AccumulatingUpdater(StandardUpdater):
     def _try_passes(self, micro_batches: MicroBatches) -> Tuple[Window, Dict[str, Any]]:
         """Runs all passes of a window, and returns it with what they reported."""
         self.gradient_norms = GradientNorms() if self._measures_norms() else None
-        window = Window(
+        window = begin_window(
             self.get_optimizer("main"),
             self.loss_reduction,
             micro_batches.expected_weight,
@@ -352,7 +358,7 @@ class AccumulatingUpdater(StandardUpdater):
         prepare = prepare_ahead if self._prefetches else prepare_lazily
         with contextlib.closing(prepare(iter(micro_batches), self._bind_loss)) as prepared:
             for micro_batch, bind_loss in prepared:
-                with fitting(micro_batches, micro_batch.examples), observations.collecting() as observation:
+                with fitting(window, micro_batches, micro_batch.examples), observations.collecting() as observation:
                     is_counted = window.add(bind_loss(), weight=micro_batch.weight)
                 if is_counted:
                     observations.add(observation, micro_batch.weight)
@@ -401,12 +407,12 @@ class _OutOfMemory(Exception):
 
 
 @contextlib.contextmanager
-def fitting(micro_batches: MicroBatches, examples: Any) -> Iterator[None]:
+def fitting(window: Window, micro_batches: MicroBatches, examples: Any) -> Iterator[None]:
     """Returns a context for a pass with these examples, from which the window can begin again if memory fails."""
     try:
         yield
     except MemoryError as error:
-        if micro_batches.is_repeatable:
+        if micro_batches.is_repeatable and window.is_repeatable:
             raise _OutOfMemory(len(examples), error) from None
         raise
 

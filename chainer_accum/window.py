@@ -7,16 +7,15 @@ has changed, so a window that fails is one that is dropped.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from typing import Any, Callable, Iterable, Iterator, List, Optional
+from typing import Any, Callable, Iterable, List, Optional
 
 import chainer
 import numpy
 
-from chainer_accum._arguments import check_choice, check_set_up, check_weight
+from chainer_accum._arguments import check_weight
 from chainer_accum._devices import device_of
-from chainer_accum.batch_statistics import BATCH_STATISTICS, BatchStatistics
+from chainer_accum.batch_statistics import BatchStatistics
 from chainer_accum.gradient_norms import GradientNorms
 from chainer_accum.gradient_sums import GradientSums
 from chainer_accum.persistent_values import PersistentValues
@@ -49,6 +48,7 @@ class Window:
 
     Attributes:
         is_shared (bool): Whether other processes take part in the window, and wait for this one to update.
+        is_repeatable (bool): Whether the passes can be run again with a new window if one of them fails.
         micro_batches (int): How many micro-batches have been added, those that were skipped among them.
         skipped_micro_batches (int): How many have been skipped, as they were not finite.
         is_open (bool): ``False`` once the window was updated or a backward pass of it failed.
@@ -56,6 +56,7 @@ class Window:
     """
 
     is_shared = False
+    is_repeatable = True
 
     def __init__(
         self,
@@ -70,13 +71,20 @@ class Window:
         self._is_mean = loss_reduction == "mean"
         self._expected_weight = expected_weight
         self._nonfinite = nonfinite
-        self._statistics = BatchStatistics(is_collecting=batch_statistics == "window")
+        self._batch_statistics = batch_statistics
         self._norms = norms
-        self._weight = 0.0
         # Chainer has no public way to ask for the scale. It is read once: a window has one scale from end to end.
         self._loss_scale: Optional[float] = optimizer._loss_scale
-        self._sums = GradientSums(optimizer.target)
         self._has_run_backward = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Makes the window one to which nothing has been added."""
+        self._sums = GradientSums(self._optimizer.target)
+        self._statistics = BatchStatistics(is_collecting=self._batch_statistics == "window")
+        if self._norms is not None:
+            self._norms.clear()
+        self._weight = 0.0
         self.micro_batches = 0
         self.skipped_micro_batches = 0
         self.is_open = True
@@ -169,10 +177,10 @@ class Window:
         self._optimizer.target.cleargrads()
         if self._nonfinite == "skip":
             chainer.report({"skipped_micro_batches": self.skipped_micro_batches})
-        if self.skipped_micro_batches > 0 and self._weight == 0 and not self.is_shared:
+        if self._is_all_skipped():
             warnings.warn(
-                f"no update: all {self.skipped_micro_batches} micro-batches of the window with a weight were skipped, "
-                "as their losses or gradients are not finite; look at the learning rate and at the data",
+                "no update: all micro-batches of the window that have a weight were skipped, as their losses or "
+                "gradients are not finite; look at the learning rate and at the data",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -187,7 +195,7 @@ class Window:
             if self._has_run_backward:
                 param._loss_scale = self._loss_scale  # where the backward pass records it for the update rule
         if self._norms is not None:
-            self._norms.set_window(_grads(self._params()), (self._loss_scale or 1.0) * self._divisor(self._weight))
+            self._norms.set_window(_grads(self._params()), (self._loss_scale or 1.0) * self._divisor_of_window())
         self._step()
         return True
 
@@ -259,6 +267,13 @@ class Window:
         """Returns what a gradient of this weight is to be divided by to be that of a mean."""
         return 1.0 if self._is_mean else weight or 1.0
 
+    def _divisor_of_window(self) -> float:
+        """Returns what the gradient that the parameters have is to be divided by to be that of a mean."""
+        return self._divisor(self._weight)
+
+    def _is_all_skipped(self) -> bool:
+        return self.skipped_micro_batches > 0 and self._weight == 0
+
     def _params(self) -> List[chainer.Parameter]:
         return list(self._optimizer.target.params(include_uninit=False))
 
@@ -275,61 +290,6 @@ class Window:
     def _check_open(self) -> None:
         if not self.is_open:
             raise RuntimeError("this window was updated or a backward pass of it failed; begin a new window")
-
-
-@contextlib.contextmanager
-def accumulate(
-    optimizer: Any,
-    *,
-    loss_reduction: str = "mean",
-    expected_weight: Optional[float] = None,
-    nonfinite: str = "keep",
-    batch_statistics: str = "micro_batch",
-) -> Iterator[Window]:
-    """Returns a context in which losses are added up, and after which the optimizer updates once.
-
-    This is gradient accumulation for a training loop of your own:
-
-    .. code-block:: python
-
-        with accumulate(optimizer) as window:
-            for x, t in micro_batches:
-                window.add(model, x, t, weight=len(x))
-
-    The step is that of ``optimizer.update(model, ...)`` with all examples at once. A block that raises or that adds
-    nothing changes neither the parameters nor the optimizer.
-
-    Args:
-        optimizer (~chainer.Optimizer): Optimizer that has been set up with the model.
-        loss_reduction (str): ``'mean'`` or ``'sum'``: what the losses are of their examples.
-        expected_weight (float): What the weights are likely to add up to. It sets the magnitude of the gradients on
-            their way, which matters in float16, not that of the result.
-        nonfinite (str): What is done with a micro-batch whose loss or gradient is not finite. ``'keep'`` counts it like
-            any other, as Chainer does; ``'skip'`` leaves it out, with its weight and what it did to persistent values;
-            ``'raise'`` raises :class:`FloatingPointError`. The last two wait for the device in each pass, and hold a
-            second set of gradients. With dynamic loss scaling, a gradient that is not finite is kept, for the optimizer
-            to find and to lower the scale.
-        batch_statistics (str): When the running averages of :class:`~chainer.links.BatchNormalization` move. With
-            ``'micro_batch'``, each forward pass moves them, as in Chainer. With ``'window'``, the update moves them
-            once, by the statistics of all that passed through the link in this window, as one forward pass would have.
-            What is normalized is still normalized by the statistics of its micro-batch.
-
-    Returns:
-        A context manager that returns a :class:`~chainer_accum.window.Window`.
-
-    Raises:
-        FloatingPointError: If a micro-batch is not finite and ``nonfinite`` is ``'raise'``.
-        ValueError: If the optimizer has not been set up or an option is unknown.
-
-    """
-    check_set_up(optimizer, "optimizer")
-    check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
-    check_choice("nonfinite", nonfinite, NONFINITE)
-    check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
-    window = begin_window(optimizer, loss_reduction, expected_weight, nonfinite, batch_statistics)
-    yield window
-    if window.micro_batches > 0 or window.is_shared:
-        window.update()
 
 
 def _check_loss(loss: Any, weight: float) -> None:

@@ -13,7 +13,8 @@ import numpy
 import pytest
 from chainer import optimizers
 from chainer_accum._arguments import check_weight
-from chainer_accum.window import Window, accumulate
+from chainer_accum.loops import accumulate
+from chainer_accum.window import Window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
