@@ -15,6 +15,7 @@ from chainer import optimizers
 from chainer.serializers import load_npz, save_npz
 from chainer.training import Trainer
 from chainer_accum.distributed import MultiNodeWindow, begin_window
+from chainer_accum.gradient_norms import GradientNorms
 from chainer_accum.window import Window
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -490,6 +491,131 @@ def test_a_pass_that_failed_may_be_repeated_where_they_do_not():
     expected = train(momentum_sgd().setup(lazy_model()), [[DATASET[:4]]])
     for optimizer in run_ranks(2, program):
         assert_same_parameters(optimizer.target, expected.target)
+
+
+@pytest.mark.filterwarnings("ignore:memory did not suffice:RuntimeWarning")
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_rank_that_runs_out_of_memory_begins_its_window_again_and_the_others_wait(prefetch):
+    def program(communicator):
+        model = ready_model(communicator.rank)
+
+        def loss_func(x, t):
+            if communicator.rank == 1 and len(x) > 3:
+                raise_memory_error()
+            return model(x, t)
+
+        optimizer = make_multi_node(momentum_sgd(), communicator).setup(model)
+        examples = DATASET[24 * communicator.rank : 24 * (communicator.rank + 1)]
+        updater = AccumulatingUpdater(
+            serial(examples, 12), optimizer, loss_func=loss_func, micro_batch_size=12, prefetch=prefetch
+        )
+        for _ in range(3):
+            updater.update()
+        assert updater.micro_batch_size == (12, 3)[communicator.rank]
+        return optimizer
+
+    first, second = DATASET[:12] + DATASET[24:36], DATASET[12:24] + DATASET[36:]
+    expected = train(momentum_sgd().setup(ready_model()), [[first], [second], [first]])
+    for optimizer in run_ranks(2, program):
+        assert_same_parameters(optimizer.target, expected.target)
+
+
+def test_where_links_communicate_or_parameters_are_new_a_window_cannot_begin_again():
+    def program(communicator):
+        for optimizer in (
+            communicating(communicator),
+            make_multi_node(momentum_sgd(), communicator).setup(lazy_model(communicator.rank)),
+        ):
+            updater = AccumulatingUpdater(
+                serial(DATASET, 8), optimizer, loss_func=lambda x, t: raise_memory_error(), micro_batch_size=8
+            )
+            with pytest.raises(MemoryError, match="stands in for"):
+                updater.update()
+
+    run_ranks(1, program)
+
+
+def test_the_ranks_cannot_each_tune_where_links_communicate():
+    def program(communicator):
+        with pytest.raises(ValueError, match="micro_batch_size must be the same on all ranks .*, got 'auto'; give a n"):
+            AccumulatingUpdater(serial(DATASET, 8), communicating(communicator), micro_batch_size="auto")
+        optimizer = make_multi_node(momentum_sgd(), communicator).setup(ready_model())
+        updater = AccumulatingUpdater(serial(DATASET, 8), optimizer, micro_batch_size="auto")
+        for _ in range(12):
+            updater.update()
+        return optimizer.t
+
+    assert run_ranks(2, program) == [12, 12]
+
+
+def test_cached_gradients_are_refused():
+    def program(communicator):
+        optimizer = make_multi_node(momentum_sgd(), communicator).setup(ready_model())
+        with pytest.raises(ValueError, match="optimizer must not be a multi-node one, got .*; use AccumulatingUpdater"):
+            chainer_accum.CachedGradientUpdater(serial(DATASET, 8), optimizer, loss_func=F.sum)
+
+    run_ranks(1, program)
+
+
+# Broken micro-batches, running averages and the noise scale.
+
+
+NAN = [(x * numpy.float32("nan"), t) for x, t in DATASET]
+invalid = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+@invalid
+def test_a_micro_batch_that_one_rank_skips_counts_on_none():
+    windows = [[split(DATASET, 4, 5)], [split(DATASET[9:], 2) + [NAN[:7]]]]
+    actual, _ = train_both(windows, nonfinite="skip")
+    expected = train(momentum_sgd().setup(ready_model()), [split(DATASET, 4, 5, 2)])
+    for optimizer in actual:
+        assert_same_parameters(optimizer.target, expected.target)
+
+
+@invalid
+@pytest.mark.filterwarnings("ignore:no update:RuntimeWarning")
+@pytest.mark.parametrize("skipped_on, updates", [((0, 1), 0), ((0,), 1)])
+def test_there_is_no_update_if_all_is_skipped_on_all_ranks_and_one_if_not(skipped_on, updates):
+    windows = [[[NAN[:3] if rank in skipped_on else DATASET[:3]]] for rank in range(2)]
+    actual, _ = train_both(windows, nonfinite="skip")
+    assert [optimizer.t for optimizer in actual] == [updates, updates]
+    assert_same_parameters(actual[1].target, actual[0].target)
+    assert all(numpy.isfinite(param.array).all() for param in actual[0].target.params())
+
+
+def test_running_averages_of_the_window_are_collected_once_though_passes_are_repeated():
+    def make_its_model(rank):
+        model = lazy_model(rank)
+        model.predictor.insert(0, L.BatchNormalization(5))
+        return model
+
+    windows = [[split(DATASET, 4, 5)], [split(DATASET[9:], 4, 5)]]
+    actual, _ = train_both(windows, make_its_model, batch_statistics="window")
+    for rank, optimizer in enumerate(actual):
+        link = L.BatchNormalization(5)
+        link(numpy.stack([x for x, _ in DATASET[9 * rank : 9 * (rank + 1)]]))
+        numpy.testing.assert_allclose(optimizer.target.predictor[0].avg_mean, link.avg_mean, rtol=1e-5)
+        numpy.testing.assert_allclose(optimizer.target.predictor[0].avg_var, link.avg_var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+def test_each_rank_measures_the_norms_of_its_own_gradients(loss_reduction):
+    def norms_of(optimizer, examples):
+        window_norms = GradientNorms()
+        window = begin_window(optimizer, loss_reduction, norms=window_norms)
+        for part in split(examples, 4, 3):
+            window.add(optimizer.target, *chainer.dataset.concat_examples(part), weight=len(part))
+        window.update()
+        return [float(norm) for norm in (*window_norms.micro_batches, window_norms.window)]
+
+    def program(communicator):
+        optimizer = make_multi_node(optimizers.SGD(0), communicator).setup(ready_model())
+        return norms_of(optimizer, DATASET[7 * communicator.rank :])
+
+    for rank, norms in enumerate(run_ranks(2, program)):
+        expected = norms_of(optimizers.SGD(0).setup(ready_model()), DATASET[7 * rank :])
+        numpy.testing.assert_allclose(norms, expected, rtol=1e-5)
 
 
 def raise_memory_error():
