@@ -15,8 +15,9 @@ READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
 demo: $(READY)
 	$(VENV)/bin/python examples/digits/train_digits.py --out result
 
+# A process per core, each with one thread: small arrays gain nothing from more.
 test: $(READY)
-	$(RUN) pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto
 
 check: lint types docs demo oldest newest
 
