@@ -8,12 +8,15 @@ loaded.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-from typing import Any, Dict, Union
+from typing import Any, Dict, List, Union
 
 import chainer
 import numpy
 from chainer.serializers import DictionarySerializer, NpzDeserializer
+
+_UNKNOWN = object()  # stands for a value that is there only once it has been loaded
 
 
 def load_snapshot(filename: Union[str, os.PathLike[str]], target: Any) -> None:
@@ -28,14 +31,23 @@ def load_snapshot(filename: Union[str, os.PathLike[str]], target: Any) -> None:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        TypeError: If ``target`` has nothing to load into.
         ValueError: If the file cannot be read as a snapshot, or is not one of ``target``.
 
     """
+    if not callable(getattr(target, "serialize", None)):
+        raise TypeError(
+            f"target must be an object that Chainer can serialize, got {target!r}; "
+            "pass a Trainer, an updater, an optimizer or a model"
+        )
     values = _read(filename)
     before = DictionarySerializer()
     with contextlib.suppress(RuntimeError):  # a Trainer that has not run has no elapsed time, which comes last of all
         target.serialize(before)
+    rules = _rules_without_state(target)
     try:
+        for rule in rules:
+            rule._state = _state_to_come(rule)
         target.serialize(_DryRun(values))
     except Exception as error:
         raise ValueError(
@@ -43,6 +55,8 @@ def load_snapshot(filename: Union[str, os.PathLike[str]], target: Any) -> None:
             "make model, optimizer and extensions as they were when it was taken"
         ) from error
     finally:
+        for rule in rules:
+            rule._state = None
         target.serialize(NpzDeserializer(before.target, strict=False))
     target.serialize(NpzDeserializer(values))
 
@@ -61,6 +75,24 @@ def _read(filename: Union[str, os.PathLike[str]]) -> Dict[str, numpy.ndarray]:
         ) from error
 
 
+def _rules_without_state(target: Any) -> List[Any]:
+    """Returns the update rules that would read a state and have none yet."""
+    updater = getattr(target, "updater", target)
+    optimizers = updater.get_all_optimizers().values() if hasattr(updater, "get_all_optimizers") else [target]
+    links = [getattr(optimizer, "target", None) for optimizer in optimizers]
+    rules = [param.update_rule for link in links if link is not None for param in link.params()]
+    return [rule for rule in rules if rule is not None and rule.enabled and rule.state is None]
+
+
+def _state_to_come(rule: Any) -> Dict[str, Any]:
+    """Returns a state in which all values are unknown. Chainer makes one in the same way to learn the names."""
+    duplicate = copy.copy(rule)
+    duplicate._state = {}
+    array = numpy.empty(1, numpy.float32)
+    duplicate.init_state(chainer.Variable(array, grad=array))
+    return dict.fromkeys(duplicate.state, _UNKNOWN)
+
+
 class _DryRun(chainer.Deserializer):
     """Loads numbers and text, which are easily put back, but of arrays only looks whether they could be loaded."""
 
@@ -75,8 +107,8 @@ class _DryRun(chainer.Deserializer):
         name = self._path + key.lstrip("/")
         if name not in self._values:
             raise KeyError(f"it has no {name}")
-        if value is None:
-            return None
+        if value is None or value is _UNKNOWN:
+            return value
         if not isinstance(value, chainer.get_array_types()):
             return NpzDeserializer(self._values)(name, value)
         saved = self._values[name]

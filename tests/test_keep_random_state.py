@@ -98,3 +98,14 @@ def test_a_trainer_that_has_not_run_saves_no_state(tmp_path):
     save_npz(str(tmp_path / "extension.npz"), extension)
     with numpy.load(str(tmp_path / "extension.npz")) as saved:
         assert saved.files == []
+
+
+def test_a_state_that_was_loaded_and_not_used_yet_is_saved_again(tmp_path):
+    make_trainer(tmp_path, updates=4).run()
+    trainer = make_trainer(tmp_path)
+    load_npz(str(tmp_path / "4.npz"), trainer)
+    save_npz(str(tmp_path / "extension.npz"), trainer.get_extension("keep_random_state"))
+    with numpy.load(str(tmp_path / "4.npz"), allow_pickle=True) as loaded:
+        expected = loaded["extensions/keep_random_state/state"]
+    with numpy.load(str(tmp_path / "extension.npz")) as saved:
+        numpy.testing.assert_array_equal(saved["state"], expected)

@@ -348,3 +348,26 @@ def test_the_unfinished_window_of_an_accumulating_optimizer_survives_a_snapshot_
 def test_a_file_that_is_not_there_is_said_not_to_be_there(trainer, tmp_path):
     with pytest.raises(FileNotFoundError):
         load_snapshot(tmp_path / "nowhere.npz", trainer)
+
+
+@pytest.mark.parametrize("make_optimizer", [chainer.optimizers.MomentumSGD, chainer.optimizers.Adam])
+def test_a_fresh_optimizer_that_refuses_the_state_of_another_is_still_fresh(make_optimizer, tmp_path):
+    x, t = chainer.dataset.concat_examples(make_dataset(8))
+    model = make_model()
+    model(x, t)  # so that all of the model can be loaded, and the state of the optimizer is what is refused
+    other = make_optimizer().setup(model)
+    other.update(model, x, t)
+    save_npz(str(tmp_path / "other.npz"), other)
+    actual, expected = (chainer.optimizers.Adam(amsgrad=True).setup(make_model()) for _ in range(2))
+    with pytest.raises(ValueError, match="other.npz is not a snapshot of this Adam: it has no .*/(m|vhat); make model"):
+        load_snapshot(tmp_path / "other.npz", actual)
+    assert {param.update_rule.state for param in actual.target.params()} == {None}
+    for optimizer in (actual, expected):
+        optimizer.update(optimizer.target, x, t)
+    assert_same_parameters(actual.target, expected.target, 0)
+    assert_same_optimizer_state(actual, expected, 0)
+
+
+def test_a_target_that_has_no_values_is_refused():
+    with pytest.raises(TypeError, match="target must be an object that Chainer can serialize, got 'model'; pass a Tr"):
+        load_snapshot("snapshot", "model")

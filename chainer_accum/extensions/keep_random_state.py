@@ -45,6 +45,8 @@ class KeepRandomState(extension.Extension):
         if isinstance(serializer, chainer.Serializer):
             if self._devices is not None:
                 RandomState(self._devices).save(serializer)
+            elif self._loaded is not None:
+                self._loaded.save(serializer)
             return
         self._loaded = None
         with contextlib.suppress(KeyError, ValueError):  # a snapshot without it, in npz or HDF5
