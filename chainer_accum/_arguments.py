@@ -9,10 +9,15 @@ from typing import Any, Callable, Tuple
 import chainer
 
 
-def check_set_up(optimizer: Any, name: str) -> None:
-    """Raises TypeError for a class, and ValueError unless the optimizer has been set up with a model."""
+def check_instance(optimizer: Any, name: str) -> None:
+    """Raises TypeError for the class of an optimizer."""
     if isinstance(optimizer, type):
         raise TypeError(f"{name} must be an instance, got the class {optimizer.__name__}; write {optimizer.__name__}()")
+
+
+def check_set_up(optimizer: Any, name: str) -> None:
+    """Raises TypeError for a class, and ValueError unless the optimizer has been set up with a model."""
+    check_instance(optimizer, name)
     if getattr(optimizer, "target", None) is None:
         raise ValueError(
             f"{name} must be set up with a model, got {type(optimizer).__name__} without one; "

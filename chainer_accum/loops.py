@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Union
 import chainer
 from chainer.training import Trainer, extensions
 
-from chainer_accum._arguments import check_choice, check_int, check_set_up
+from chainer_accum._arguments import check_callable, check_choice, check_instance, check_int, check_set_up
 from chainer_accum.batch_statistics import BATCH_STATISTICS
 from chainer_accum.distributed import begin_window
 from chainer_accum.extensions.accumulate import Accumulate
@@ -101,7 +101,7 @@ def train_model(
 
     Raises:
         ValueError: If the optimizer was set up with another model, or a number is not positive.
-        TypeError: If a number is not an int.
+        TypeError: If a number is not an int, or another argument is of the wrong type.
 
     """
     check_int("num_epochs", num_epochs, 1, "give the number of epochs to train for")
@@ -160,7 +160,7 @@ def setup_trainer_with_accumulation(
 
     Raises:
         ValueError: If the optimizer was set up with another model, or a number is not positive.
-        TypeError: If a number is not an int.
+        TypeError: If a number is not an int, or another argument is of the wrong type.
 
     """
     check_int("num_epochs", num_epochs, 1, "give the number of epochs to train for")
@@ -175,6 +175,12 @@ def setup_trainer_with_accumulation(
 def _make_updater(
     model: chainer.Link, optimizer: Any, train_iter: Any, loss_func: Any, accumulation_steps: Steps, device: Any
 ) -> AccumulatingUpdater:
+    check_instance(optimizer, "optimizer")
+    for name, value, method in (("optimizer", optimizer, "setup"), ("train_iter", train_iter, "next")):
+        if not callable(getattr(value, method, None)):
+            raise TypeError(f"{name} must have the method {method}, got {value!r}; look at the order of the arguments")
+    if loss_func is not None:
+        check_callable("loss_func", loss_func, "pass a function, or None if the model returns the loss")
     schedule = make_schedule(accumulation_steps)  # a function: with that, the updater always counts examples
     target = getattr(optimizer, "target", None)
     if target is None:

@@ -159,3 +159,25 @@ def test_without_tensorboardx_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", fail)
     with pytest.raises(ImportError, match="TensorBoardReport needs tensorboardX; install it with: pip install"):
         TensorBoardReport()
+
+
+def test_example_mean_loads_sums_that_are_wider_than_its_own(tmp_path):
+    means = []
+    for dtype in (numpy.float64, numpy.float32):
+        trainer = make_trainer(tmp_path)
+        trainer.extend(ExampleMean("main/loss", trigger=lambda _: False))
+        trainer.updater.update()
+        trainer.observation = {"main/loss": dtype(1.5)}
+        mean = trainer.get_extension("example_mean:main/loss")
+        mean(trainer)
+        means.append(mean)
+    chainer.serializers.save_npz(str(tmp_path / "mean.npz"), means[0])
+    load_npz(str(tmp_path / "mean.npz"), means[1])
+    assert means[1]._summary.compute_mean() == 1.5
+
+
+def test_keys_are_checked():
+    with pytest.raises(TypeError, match="key must be a str, got 3; give the key of an observed value, such as 'main/l"):
+        ExampleMean(3)
+    with pytest.raises(TypeError, match=r"keys must be a sequence of str, got 'main/loss'; write \['main/loss'\]"):
+        TensorBoardReport(keys="main/loss")

@@ -88,11 +88,11 @@ def test_the_trainer_is_ready_to_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("function", [train_model, setup_trainer_with_accumulation])
 def test_bad_input_is_refused(function):
-    def call(optimizer, steps=2, epochs=1, model=None):
+    def call(optimizer, steps=2, epochs=1, model=None, loss_func=None):
         model = make_model() if model is None else model
         iterator = serial(make_dataset(), 6)
         first, second = (optimizer, iterator) if function is train_model else (iterator, optimizer)
-        function(model, first, second, None, steps, epochs)
+        function(model, first, second, loss_func, steps, epochs)
 
     with pytest.raises(ValueError, match="optimizer must be set up with the model, got one set up with another Class"):
         call(optimizers.SGD().setup(make_model()))
@@ -100,3 +100,11 @@ def test_bad_input_is_refused(function):
         call(optimizers.SGD(), steps=0)
     with pytest.raises(TypeError, match="num_epochs must be an int of 1 or more, got 1.5; give the number of epochs"):
         call(optimizers.SGD(), epochs=1.5)
+    with pytest.raises(TypeError, match=r"optimizer must be an instance, got the class SGD; write SGD\(\)"):
+        call(optimizers.SGD)
+    with pytest.raises(
+        TypeError, match="optimizer must have the method setup, got <chainer.iterators.* at .*; look at"
+    ):
+        call(serial(make_dataset(), 6))
+    with pytest.raises(TypeError, match="loss_func must be callable, got 'mse'; pass a function, or None if the model"):
+        call(optimizers.SGD(), loss_func="mse")

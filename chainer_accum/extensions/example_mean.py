@@ -24,11 +24,16 @@ class ExampleMean(extension.Extension):
         result_key (str): Key of the mean. By default, ``key`` and ``'/example_mean'``.
         trigger: Trigger that decides when to report the mean, and to begin anew. By default, once per epoch.
 
+    Raises:
+        TypeError: If the key is not a string.
+
     """
 
     priority = extension.PRIORITY_EDITOR
 
     def __init__(self, key: str, result_key: Optional[str] = None, trigger: Any = (1, "epoch")) -> None:
+        if not isinstance(key, str):
+            raise TypeError(f"key must be a str, got {key!r}; give the key of an observed value, such as 'main/loss'")
         self.name = f"example_mean:{key}"
         self._key = key
         self._result_key = f"{key}/example_mean" if result_key is None else result_key
@@ -59,6 +64,8 @@ class ExampleMean(extension.Extension):
 
     def serialize(self, serializer: Any) -> None:
         """Serializes the sums and the trigger."""
+        if not isinstance(serializer, chainer.Serializer):
+            self._summary = chainer.reporter.Summary()  # one in float32 would refuse sums in float64
         self._summary.serialize(serializer["summary"])
         if hasattr(self._trigger, "serialize"):
             self._trigger.serialize(serializer["trigger"])

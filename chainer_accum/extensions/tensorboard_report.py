@@ -24,6 +24,7 @@ class TensorBoardReport(extension.Extension):
 
     Raises:
         ImportError: If tensorboardX is not installed.
+        TypeError: If ``keys`` is a string.
 
     """
 
@@ -33,6 +34,8 @@ class TensorBoardReport(extension.Extension):
     def __init__(
         self, log_dir: Optional[str] = None, keys: Optional[Sequence[str]] = None, trigger: Any = (1, "iteration")
     ) -> None:
+        if isinstance(keys, str):
+            raise TypeError(f"keys must be a sequence of str, got {keys!r}; write [{keys!r}]")
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
