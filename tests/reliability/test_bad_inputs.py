@@ -1,0 +1,473 @@
+"""Bad input is refused with an error that names the argument, the value and the remedy: here is all of it."""
+
+from __future__ import annotations
+
+import chainer_accum
+import chainer
+import chainer.functions as F
+import numpy
+import pytest
+from chainer_accum import (
+    AccumulatingUpdater,
+    accumulate,
+    create_accumulating_optimizer,
+    load_snapshot,
+    setup_trainer_with_accumulation,
+    train_model,
+)
+from chainer import optimizers
+from chainer.training import Trainer
+from chainer.training.updaters import StandardUpdater
+from chainer_accum.extensions import Accumulate, ExampleMean, TensorBoardReport
+
+from conftest import make_dataset, make_model, serial
+
+STEPS = "must be an int of 1 or more, got {}; use 1 to disable accumulation"
+SIZE = "must be an int of 1 or more, got {}; use None to leave batches whole, or 'auto' to find the fastest"
+NUMBER = "must be a number, got {}; give the number of examples, tokens or valid labels"
+FINITE = "must be finite and not negative, got {}; use 0 to leave a micro-batch out"
+NOT_SET_UP = "must be set up with a model, got {} without one; call optimizer.setup(model) first"
+LOSS = "the loss function must return a chainer.Variable, got {}; return the loss as one scalar Variable"
+SCALAR = "the loss must be a scalar, got a Variable of shape {}; reduce it, for example with F.mean(loss)"
+SCALE = "loss_scale must be a positive number, got {}; for dynamic scaling, call optimizer.loss_scaling()"
+EPOCHS = "num_epochs must be an int of 1 or more, got {}; give the number of epochs to train for"
+
+
+def iterator(batch_size=6):
+    return serial(make_dataset(), batch_size)
+
+
+def optimizer():
+    return optimizers.SGD(0.1).setup(make_model())
+
+
+def updater(**kwargs):
+    return AccumulatingUpdater(iterator(), optimizer(), **kwargs)
+
+
+def update(**kwargs):
+    """Makes an update, in which bad input is found that cannot be known before."""
+    updater(**{"accumulation_steps": 2, **kwargs}).update()
+
+
+def update_with(next_batch, **kwargs):
+    batches = iterator()
+    batches.next = next_batch
+    AccumulatingUpdater(batches, optimizer(), **kwargs).update()
+
+
+def add(lossfun=None, **kwargs):
+    with accumulate(optimizer()) as window:
+        lossfun = lossfun or window._optimizer.target
+        window.add(lossfun, *chainer.dataset.concat_examples(make_dataset(4)), **kwargs)
+
+
+def enter(*args, **kwargs):
+    with accumulate(*args, **kwargs):
+        pass
+
+
+def add_to_a_window_that_is_over():
+    with accumulate(optimizer()) as window:
+        pass
+    window.update()
+    window.add_gradients()
+
+
+def train(model=None, optimizer=None, train_iter=None, loss_func=None, accumulation_steps=2, num_epochs=1):
+    model, optimizer, train_iter = model or make_model(), optimizer or optimizers.SGD(), train_iter or iterator()
+    train_model(model, optimizer, train_iter, loss_func, accumulation_steps, num_epochs)
+
+
+def set_up(optimizer=None, accumulation_steps=2, num_epochs=1):
+    setup_trainer_with_accumulation(
+        make_model(), iterator(), optimizer or optimizers.SGD(), None, accumulation_steps, num_epochs
+    )
+
+
+def run(extension, updater):
+    trainer = Trainer(updater, (1, "iteration"), out="unused")
+    extension.initialize(trainer)
+    trainer.observation = {"main/loss": 1.0}
+    extension(trainer)
+
+
+class Readable:
+    """A name that is of no use, with a short representation."""
+
+    def __repr__(self):
+        return "Readable()"
+
+
+BAD_INPUTS = {
+    # AccumulatingUpdater, as it is made
+    "no iterator": (
+        lambda: AccumulatingUpdater(None, optimizer()),
+        TypeError,
+        "iterator must be an iterator or a dict of them, got None; make a SerialIterator of the dataset",
+    ),
+    "a dataset for an iterator": (
+        lambda: AccumulatingUpdater([1, 2], optimizer()),
+        TypeError,
+        "iterator must be an iterator or a dict of them, got [1, 2]; make a SerialIterator of the dataset",
+    ),
+    "no iterator among iterators": (
+        lambda: AccumulatingUpdater({}, optimizer()),
+        ValueError,
+        "iterator must have the key 'main', got the keys []; name the one to train with",
+    ),
+    "iterators without a main one": (
+        lambda: AccumulatingUpdater({"train": iterator()}, optimizer()),
+        ValueError,
+        "iterator must have the key 'main', got the keys ['train']; name the one to train with",
+    ),
+    "no optimizer": (
+        lambda: AccumulatingUpdater(iterator(), None),
+        TypeError,
+        "optimizer must be an optimizer or a dict of them, got None; the optimizer comes second",
+    ),
+    "optimizers without a main one": (
+        lambda: AccumulatingUpdater(iterator(), {"generator": optimizer()}),
+        ValueError,
+        "optimizer must have the key 'main', got the keys ['generator']; name the one to train with",
+    ),
+    "the class of an optimizer": (
+        lambda: AccumulatingUpdater(iterator(), optimizers.Adam),
+        TypeError,
+        "optimizer 'main' must be an instance, got the class Adam; write Adam()",
+    ),
+    "an optimizer without a model": (
+        lambda: AccumulatingUpdater(iterator(), optimizers.SGD()),
+        ValueError,
+        "optimizer 'main' " + NOT_SET_UP.format("SGD"),
+    ),
+    "a second optimizer without a model": (
+        lambda: AccumulatingUpdater(iterator(), {"main": optimizer(), "other": optimizers.Adam()}),
+        ValueError,
+        "optimizer 'other' " + NOT_SET_UP.format("Adam"),
+    ),
+    "an int for a converter": (
+        lambda: AccumulatingUpdater(iterator(), optimizer(), 4),
+        TypeError,
+        "converter must be callable, got 4; to accumulate, pass accumulation_steps or micro_batch_size by keyword",
+    ),
+    "no converter": (lambda: updater(converter=None), TypeError, "converter must be callable, got None; to accumulate"),
+    "a name for a loss function": (
+        lambda: updater(loss_func="mse"),
+        TypeError,
+        "loss_func must be callable, got 'mse'; pass a function",
+    ),
+    "a weight for a weight function": (
+        lambda: updater(weight_func=0.5),
+        TypeError,
+        "weight_func must be callable, got 0.5; pass a function",
+    ),
+    "a misspelt keyword": (
+        lambda: updater(accum_steps=4),
+        TypeError,
+        "accum_steps is not an argument of AccumulatingUpdater, got accum_steps=4; did you mean accumulation_steps?",
+    ),
+    "an unknown keyword": (
+        lambda: updater(zzz=4),
+        TypeError,
+        "zzz is not an argument of AccumulatingUpdater, got zzz=4; known are iterator, optimizer, converter",
+    ),
+    "no steps": (lambda: updater(accumulation_steps=0), ValueError, "accumulation_steps " + STEPS.format("0")),
+    "negative steps": (lambda: updater(accumulation_steps=-2), ValueError, "accumulation_steps " + STEPS.format("-2")),
+    "steps in floating point": (
+        lambda: updater(accumulation_steps=2.0),
+        TypeError,
+        "accumulation_steps " + STEPS.format("2.0"),
+    ),
+    "steps that are True": (
+        lambda: updater(accumulation_steps=True),
+        TypeError,
+        "accumulation_steps " + STEPS.format("True"),
+    ),
+    "steps that are None": (
+        lambda: updater(accumulation_steps=None),
+        TypeError,
+        "accumulation_steps " + STEPS.format("None"),
+    ),
+    "an empty schedule": (
+        lambda: updater(accumulation_steps={}),
+        ValueError,
+        "accumulation_steps must map epochs to numbers, got {}; for example {0: 1, 10: 4}",
+    ),
+    "a schedule from before the first epoch": (
+        lambda: updater(accumulation_steps={-1: 2}),
+        ValueError,
+        "an epoch in accumulation_steps must be an int of 0 or more, got -1; count epochs from 0",
+    ),
+    "a schedule by name": (
+        lambda: updater(accumulation_steps={"late": 2}),
+        TypeError,
+        "an epoch in accumulation_steps must be an int of 0 or more, got 'late'; count epochs from 0",
+    ),
+    "a schedule with no steps": (
+        lambda: updater(accumulation_steps={0: 1, 5: 0}),
+        ValueError,
+        "accumulation_steps[5] " + STEPS.format("0"),
+    ),
+    "a schedule that returns nothing": (
+        lambda: updater(accumulation_steps=lambda updater: None),
+        TypeError,
+        "the value of accumulation_steps " + STEPS.format("None"),
+    ),
+    "no steps later": (
+        lambda: setattr(updater(), "accumulation_steps", 0),
+        ValueError,
+        "accumulation_steps " + STEPS.format("0"),
+    ),
+    "no examples in a micro-batch": (
+        lambda: updater(micro_batch_size=0),
+        ValueError,
+        "micro_batch_size " + SIZE.format("0"),
+    ),
+    "a size by another name": (
+        lambda: updater(micro_batch_size="fast"),
+        TypeError,
+        "micro_batch_size " + SIZE.format("'fast'"),
+    ),
+    "splitting that is no choice": (
+        lambda: updater(split_when_out_of_memory=1),
+        TypeError,
+        "split_when_out_of_memory must be True or False, got 1; use None to decide by what else is asked",
+    ),
+    "an unknown reduction": (
+        lambda: updater(loss_reduction="max"),
+        ValueError,
+        "loss_reduction must be one of 'mean', 'sum', got 'max'",
+    ),
+    "an unknown boundary": (
+        lambda: updater(epoch_boundary=None),
+        ValueError,
+        "epoch_boundary must be one of 'carry', 'flush', got None",
+    ),
+    "an unknown way with what is not finite": (
+        lambda: updater(nonfinite="ignore"),
+        ValueError,
+        "nonfinite must be one of 'keep', 'skip', 'raise', got 'ignore'",
+    ),
+    "an unknown time for batch statistics": (
+        lambda: updater(batch_statistics="epoch"),
+        ValueError,
+        "batch_statistics must be one of 'micro_batch', 'window', got 'epoch'",
+    ),
+    "an unknown rule": (
+        lambda: updater(observation_rules={"main/loss": "max"}),
+        ValueError,
+        "observation_rules['main/loss'] must be one of 'mean', 'sum', 'last', got 'max'",
+    ),
+    "rules that are no dict": (
+        lambda: updater(observation_rules="sum"),
+        TypeError,
+        "observation_rules must be a dict, got 'sum'; map keys such as 'main/loss' to a rule",
+    ),
+    "a loss scale of zero": (lambda: updater(loss_scale=0), ValueError, SCALE.format("0")),
+    "a loss scale that is NaN": (lambda: updater(loss_scale=numpy.nan), ValueError, SCALE.format("nan")),
+    "a loss scale by name": (lambda: updater(loss_scale="dynamic"), ValueError, SCALE.format("'dynamic'")),
+    # AccumulatingUpdater, as it updates
+    "a weight that is None": (
+        lambda: update(weight_func=lambda batch: None),
+        TypeError,
+        "the value of weight_func " + NUMBER.format("None"),
+    ),
+    "a weight that is infinite": (
+        lambda: update(weight_func=lambda batch: numpy.inf),
+        ValueError,
+        "the value of weight_func " + FINITE.format("inf"),
+    ),
+    "a weight that is negative": (
+        lambda: update(weight_func=lambda batch: -1),
+        ValueError,
+        "the value of weight_func " + FINITE.format("-1.0"),
+    ),
+    "a loss that is None": (lambda: update(loss_func=lambda x, t: None), TypeError, LOSS.format("NoneType")),
+    "a loss that is a float": (lambda: update(loss_func=lambda x, t: 3.0), TypeError, LOSS.format("float")),
+    "a loss for each example": (
+        lambda: update(loss_func=lambda x, t: F.sum(chainer.Variable(x), axis=1)),
+        ValueError,
+        SCALAR.format("(6,)"),
+    ),
+    "a loss without a graph": (
+        lambda: update(loss_func=lambda x, t: chainer.Variable(numpy.array(2.0, "f"))),
+        ValueError,
+        "the loss has no graph, got array(2., dtype=float32) without a creator; compute it from the parameters and "
+        "with chainer.config.enable_backprop on, or give a micro-batch that has none the weight 0",
+    ),
+    "an empty batch": (
+        lambda: update_with(list, accumulation_steps=2),
+        ValueError,
+        "the iterator returned an empty batch, got []; check the dataset, which may be empty",
+    ),
+    "a batch to be split that is no list": (
+        lambda: update_with(dict, micro_batch_size=2),
+        TypeError,
+        "to be split, a batch must be a list of examples, got a dict from the iterator; use accumulation_steps and no",
+    ),
+    "a batch to be weighted that is no list": (
+        lambda: update_with(tuple, accumulation_steps=2),
+        TypeError,
+        "to be weighted by its examples, a batch must be a list of examples, got a tuple from the iterator; pass a w",
+    ),
+    # accumulate
+    "no optimizer for a window": (lambda: enter(None), ValueError, "optimizer " + NOT_SET_UP.format("NoneType")),
+    "the class of an optimizer for a window": (
+        lambda: enter(optimizers.SGD),
+        TypeError,
+        "optimizer must be an instance, got the class SGD; write SGD()",
+    ),
+    "an optimizer without a model for a window": (
+        lambda: enter(optimizers.SGD()),
+        ValueError,
+        "optimizer " + NOT_SET_UP.format("SGD"),
+    ),
+    "an unknown reduction for a window": (
+        lambda: enter(optimizer(), loss_reduction="max"),
+        ValueError,
+        "loss_reduction must be one of 'mean', 'sum', got 'max'",
+    ),
+    "an unknown way with what is not finite in a window": (
+        lambda: enter(optimizer(), nonfinite=True),
+        ValueError,
+        "nonfinite must be one of 'keep', 'skip', 'raise', got True",
+    ),
+    "an unknown time for the batch statistics of a window": (
+        lambda: enter(optimizer(), batch_statistics="epoch"),
+        ValueError,
+        "batch_statistics must be one of 'micro_batch', 'window', got 'epoch'",
+    ),
+    "a negative weight in a window": (lambda: add(weight=-1), ValueError, "weight " + FINITE.format("-1.0")),
+    "a weight by name in a window": (lambda: add(weight="all"), TypeError, "weight " + NUMBER.format("'all'")),
+    "a loss that is no Variable in a window": (lambda: add(lambda x, t: x), TypeError, LOSS.format("ndarray")),
+    "a window that is over": (
+        add_to_a_window_that_is_over,
+        RuntimeError,
+        "this window was updated or a backward pass of it failed; begin a new window",
+    ),
+    # create_accumulating_optimizer
+    "no steps of an optimizer": (
+        lambda: create_accumulating_optimizer(optimizer(), 0),
+        ValueError,
+        "accumulation_steps " + STEPS.format("0"),
+    ),
+    "a schedule of an optimizer": (
+        lambda: create_accumulating_optimizer(optimizer(), {0: 1}),
+        TypeError,
+        "accumulation_steps " + STEPS.format("{0: 1}"),
+    ),
+    "an unknown reduction of an optimizer": (
+        lambda: create_accumulating_optimizer(optimizer(), 2, loss_reduction="avg"),
+        ValueError,
+        "loss_reduction must be one of 'mean', 'sum', got 'avg'",
+    ),
+    "an unknown way of an optimizer with what is not finite": (
+        lambda: create_accumulating_optimizer(optimizer(), 2, nonfinite="ignore"),
+        ValueError,
+        "nonfinite must be one of 'keep', 'skip', 'raise', got 'ignore'",
+    ),
+    "an update without a model": (
+        lambda: create_accumulating_optimizer(optimizers.SGD(), 2).update(),
+        ValueError,
+        "optimizer " + NOT_SET_UP.format("SGD"),
+    ),
+    "a weight of a call that is NaN": (
+        lambda: create_accumulating_optimizer(optimizer(), 2).update(weight=numpy.nan),
+        ValueError,
+        "weight " + FINITE.format("nan"),
+    ),
+    # train_model and setup_trainer_with_accumulation
+    "no epochs": (lambda: train(num_epochs=0), ValueError, EPOCHS.format("0")),
+    "epochs in floating point": (lambda: set_up(num_epochs=1.5), TypeError, EPOCHS.format("1.5")),
+    "no steps to train with": (
+        lambda: train(accumulation_steps=0),
+        ValueError,
+        "accumulation_steps " + STEPS.format("0"),
+    ),
+    "no steps to set up with": (
+        lambda: set_up(accumulation_steps=0),
+        ValueError,
+        "accumulation_steps " + STEPS.format("0"),
+    ),
+    "the class of an optimizer to train with": (
+        lambda: train(optimizer=optimizers.Adam),
+        TypeError,
+        "optimizer must be an instance, got the class Adam; write Adam()",
+    ),
+    "something else for an optimizer": (
+        lambda: set_up(optimizer=Readable()),
+        TypeError,
+        "optimizer must have the method setup, got Readable(); look at the order of the arguments",
+    ),
+    "something else for an iterator": (
+        lambda: train(train_iter=Readable()),
+        TypeError,
+        "train_iter must have the method next, got Readable(); look at the order of the arguments",
+    ),
+    "the optimizer of another model": (
+        lambda: train(optimizer=optimizer()),
+        ValueError,
+        "optimizer must be set up with the model, got one set up with another Classifier; call optimizer.setup(model)",
+    ),
+    "a name for a loss function to train with": (
+        lambda: train(loss_func="mse"),
+        TypeError,
+        "loss_func must be callable, got 'mse'; pass a function, or None if the model returns the loss",
+    ),
+    # load_snapshot
+    "something that has no values": (
+        lambda: load_snapshot("snapshot", "model"),
+        TypeError,
+        "target must be an object that Chainer can serialize, got 'model'; pass a Trainer, an updater, an optimizer or",
+    ),
+    "a snapshot that is none": (
+        lambda: load_snapshot(__file__, make_model()),
+        ValueError,
+        f"{__file__} cannot be read as a snapshot, ",
+    ),
+    # Extensions
+    "no steps of the extension": (lambda: Accumulate(0), ValueError, "accumulation_steps " + STEPS.format("0")),
+    "an updater that cannot accumulate": (
+        lambda: run(Accumulate(2), StandardUpdater(iterator(), optimizer())),
+        TypeError,
+        "the Trainer's updater must be able to accumulate, got StandardUpdater; use chainer_accum.AccumulatingUpdater",
+    ),
+    "a key that is no text": (
+        lambda: ExampleMean(3),
+        TypeError,
+        "key must be a str, got 3; give the key of an observed value, such as 'main/loss'",
+    ),
+    "an updater that does not count examples": (
+        lambda: run(ExampleMean("main/loss"), StandardUpdater(iterator(), optimizer())),
+        TypeError,
+        "the Trainer's updater must count examples, got StandardUpdater; use chainer_accum.AccumulatingUpdater",
+    ),
+    "a mean over examples that are not counted": (
+        lambda: run(ExampleMean("main/loss"), updater()),
+        ValueError,
+        "effective_batch_size must be known, got None; let the iterator return lists, and for single batches give the",
+    ),
+    "one key for keys": (
+        lambda: TensorBoardReport(keys="main/loss"),
+        TypeError,
+        "keys must be a sequence of str, got 'main/loss'; write ['main/loss']",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_refused(name, record_property):
+    call, error, message = BAD_INPUTS[name]
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    assert str(caught.value).startswith(message)
+    record_property("bad inputs", 1)
+
+
+def test_every_public_name_is_here():
+    source = " ".join(str(call.__code__.co_names) for call, _, _ in BAD_INPUTS.values())
+    source += " ".join(str(function.__code__.co_names) for function in (enter, train, set_up, updater))
+    public = {*chainer_accum.__all__, *chainer_accum.extensions.__all__} - {"extensions", "KeepRandomState"}
+    assert not [name for name in public if name not in source]  # KeepRandomState takes no input
