@@ -10,7 +10,8 @@ RUN = $(VENV)/bin/python -m
 # Named for the interpreter, so that asking for another one makes the environment anew.
 READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
 
-.PHONY: demo test test-mpi mpi-jobs check lint types docs oldest newest coverage bench bench-mpi communication.md clean
+.PHONY: demo test test-mpi mpi-jobs check lint types docs reliability oldest newest coverage bench bench-mpi
+.PHONY: communication.md clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/digits/train_digits.py --out result
@@ -19,7 +20,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto
 
-check: lint types docs demo oldest newest
+check: lint types docs demo reliability oldest newest
 
 lint: $(READY)
 	$(RUN) ruff check .
@@ -30,6 +31,10 @@ types: $(READY)
 
 docs: $(READY)
 	$(RUN) pytest tests/test_readme.py tests/test_docs.py
+
+# Kills, exceptions, memory limits, damaged snapshots, bad inputs and random cases, and how many of each.
+reliability: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/reliability
 
 # The ends of the range of Pythons that this machine has, the lower one with the oldest NumPy.
 oldest:
