@@ -18,7 +18,7 @@ from chainer.serializers import DictionarySerializer
 
 EXAMPLES = 1024
 LITTLE = 32 * 2**20
-# By how the effective batch is formed: batch size and arguments. All of it at once takes more than 100 MiB.
+# By how the effective batch is formed: batch size and arguments. All of it at once takes more than any limit.
 WAYS: Dict[str, Dict[str, Any]] = {
     "split": {"batch_size": EXAMPLES, "micro_batch_size": EXAMPLES},
     "gathered": {"batch_size": EXAMPLES // 2, "accumulation_steps": 2, "split_when_out_of_memory": True},
@@ -31,10 +31,10 @@ def make_updater(batch_size: int, **kwargs: Any) -> chainer_accum.AccumulatingUp
     initial = [chainer.initializers.LeCunNormal(rng=numpy.random.RandomState(seed)) for seed in range(2)]
     model = L.Classifier(
         chainer.Sequential(
-            L.Linear(64, 8192, initialW=initial[0]),
-            L.BatchNormalization(8192, use_gamma=False, use_beta=False),
+            L.Linear(64, 4096, initialW=initial[0]),
+            L.BatchNormalization(4096, use_gamma=False, use_beta=False),
             F.dropout,
-            L.Linear(8192, 10, initialW=initial[1]),
+            L.Linear(4096, 10, initialW=initial[1]),
         )
     )
     optimizer = chainer.optimizers.MomentumSGD(0.1).setup(model)
@@ -65,18 +65,18 @@ def save(path: pathlib.Path, updater: Any, **others: Any) -> None:
 
 
 def train_within(limit: Optional[int], way: str, path: pathlib.Path) -> None:
-    """Makes three updates, and saves the updater and what the micro-batch size is lowered to."""
+    """Makes two updates, and saves the updater and what the micro-batch size is lowered to."""
     updater = make_updater(**WAYS[way])
     with limited_to(limit), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        for _ in range(3):
+        for _ in range(2):
             updater.update()
     save(path, updater, size=updater.micro_batch_size or 0)
 
 
 def run_out_and_go_on(way: str, path: pathlib.Path) -> None:
     """Fails for want of memory while there is too little for a single example, and makes two updates later."""
-    updater = make_updater(**WAYS[way])
+    updater = make_updater(**{**WAYS[way], "batch_size": 16})  # few, as they will be taken one by one
 
     def loss_func(x: Any, t: Any) -> chainer.Variable:
         numpy.ones(2 * LITTLE, "b")  # as a function with a workspace

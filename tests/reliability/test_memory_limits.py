@@ -17,7 +17,7 @@ if not sys.platform.startswith("linux"):
 from limited_training import WAYS, run_out_and_go_on, train_within
 
 MIB = 2**20
-LIMITS = (24, 32, 48, 64, 80)
+LIMITS = (16, 24, 32, 48)
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["chainer_accum"])
 every_way = pytest.mark.parametrize("way", WAYS)
