@@ -16,7 +16,7 @@ def check_instance(optimizer: Any, name: str) -> None:
 
 
 def check_set_up(optimizer: Any, name: str) -> None:
-    """Raises TypeError for a class, and ValueError unless the optimizer has been set up with a model."""
+    """Raises TypeError for what is no optimizer, and ValueError unless it has been set up with a model."""
     check_instance(optimizer, name)
     if getattr(optimizer, "target", None) is None:
         raise ValueError(

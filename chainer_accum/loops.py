@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Union
 import chainer
 from chainer.training import Trainer, extensions
 
-from chainer_accum._arguments import check_callable, check_choice, check_instance, check_int, check_set_up
+from chainer_accum._arguments import check_callable, check_choice, check_instance, check_int, check_set_up, check_weight
 from chainer_accum.batch_statistics import BATCH_STATISTICS
 from chainer_accum.distributed import begin_window
 from chainer_accum.extensions.accumulate import Accumulate
@@ -68,6 +68,8 @@ def accumulate(
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
     check_choice("nonfinite", nonfinite, NONFINITE)
     check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
+    if expected_weight is not None and check_weight(expected_weight, "expected_weight") == 0:
+        raise ValueError("expected_weight must be positive, got 0; use None to take the first weight")
     window = begin_window(optimizer, loss_reduction, expected_weight, nonfinite, batch_statistics)
     yield window
     if window.micro_batches > 0 or window.is_shared:

@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional
 
 import chainer
 
-from chainer_accum._arguments import check_choice, check_int, check_set_up, check_weight
+from chainer_accum._arguments import check_choice, check_instance, check_int, check_set_up, check_weight
 from chainer_accum.distributed import begin_window
 from chainer_accum.mixed_precision import serialize_mixed_precision
 from chainer_accum.window import LOSS_REDUCTIONS, NONFINITE, Window
@@ -47,10 +47,16 @@ def create_accumulating_optimizer(
         The accumulating optimizer.
 
     Raises:
-        TypeError: If ``accumulation_steps`` is not an int.
+        TypeError: If ``accumulation_steps`` is not an int, or the optimizer is none or accumulates already.
         ValueError: If ``accumulation_steps`` is not positive or an option is unknown.
 
     """
+    check_instance(optimizer, "optimizer")
+    if isinstance(optimizer, _AccumulatingOptimizer) or not callable(getattr(optimizer, "setup", None)):
+        raise TypeError(
+            f"optimizer must be one that does not accumulate yet, got {optimizer!r}; "
+            "pass the optimizer to be wrapped, such as chainer.optimizers.Adam()"
+        )
     steps = check_int("accumulation_steps", accumulation_steps, 1, "use 1 to disable accumulation")
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
     check_choice("nonfinite", nonfinite, NONFINITE)

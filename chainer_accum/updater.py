@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import math
 import numbers
 import sys
 import warnings
@@ -171,6 +172,7 @@ class AccumulatingUpdater(StandardUpdater):
         self._size = _make_size(micro_batch_size)
         if split_when_out_of_memory is not None:
             check_bool("split_when_out_of_memory", split_when_out_of_memory, "use None to decide by what else is asked")
+        check_bool("auto_new_epoch", auto_new_epoch, "use False to call optimizer.new_epoch() yourself")
         check_bool("prefetch", prefetch, "use True to convert the next micro-batch in a thread")
         check_choice("nonfinite", nonfinite, NONFINITE)
         check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
@@ -455,7 +457,8 @@ def _check_rules(rules: Any) -> None:
 
 
 def _check_loss_scale(loss_scale: Any) -> None:
-    if loss_scale is not None and not (isinstance(loss_scale, numbers.Real) and float(loss_scale) > 0):
+    is_number = isinstance(loss_scale, numbers.Real) and not isinstance(loss_scale, bool)
+    if loss_scale is not None and not (is_number and 0 < float(loss_scale) < math.inf):
         raise ValueError(
             f"loss_scale must be a positive number, got {loss_scale!r}; "
             "for dynamic scaling, call optimizer.loss_scaling()"

@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterable, List, Optional
 import chainer
 import numpy
 
-from chainer_accum._arguments import check_weight
+from chainer_accum._arguments import check_callable, check_weight
 from chainer_accum._devices import device_of
 from chainer_accum.batch_statistics import BatchStatistics
 from chainer_accum.gradient_norms import GradientNorms
@@ -111,6 +111,7 @@ class Window:
 
         """
         self._check_open()
+        check_callable("lossfun", lossfun, "pass a function that returns the loss, or the model")
         weight = check_weight(weight, "weight")
         persistent_values = PersistentValues([self._optimizer.target] if self._nonfinite != "keep" else [])
         with self._statistics.collecting() as statistics:
@@ -213,23 +214,24 @@ class Window:
         """Adds the gradients of a loss, or adds none and returns what is not finite, if that matters."""
         if self._nonfinite != "keep" and not _are_finite([loss.array]):
             return f"its loss is {float(loss.array)}"
+        self.is_open = False
         if not self._checks_gradients() and self._norms is None:
-            self.is_open = False
             # This clears the gradients; not before the forward pass, in which lazy parameters are born with NaN for a
             # gradient and a loss function may run a backward pass of its own.
             with self._sums.adding():
                 self._run_backward(loss, weight)
-            self.is_open = True
         else:
             self._optimizer.target.cleargrads()
             self._run_backward(loss, weight)
             params = self._params()
             if self._checks_gradients() and not _are_finite(_grads(params)):
+                self.is_open = True
                 return f"its gradient is not, and its loss is {float(loss.array)}"
             if self._norms is not None:
                 scale = self._scale(weight) * (self._loss_scale or 1.0)
                 self._norms.add(_grads(params), scale * self._divisor(weight), weight)
             self._sums.take_from(params)
+        self.is_open = True
         self._has_run_backward = True
         self._weight += weight
         return None
