@@ -9,7 +9,9 @@ import numpy
 import pytest
 from chainer_accum import (
     AccumulatingUpdater,
+    CachedGradientUpdater,
     accumulate,
+    check_equivalence,
     create_accumulating_optimizer,
     load_snapshot,
     setup_trainer_with_accumulation,
@@ -18,7 +20,7 @@ from chainer_accum import (
 from chainer import optimizers
 from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
-from chainer_accum.extensions import Accumulate, ExampleMean, TensorBoardReport
+from chainer_accum.extensions import Accumulate, ExampleMean, GradientNoiseScale, LearningRateSurvey, TensorBoardReport
 
 from conftest import make_dataset, make_model, serial
 
@@ -452,6 +454,99 @@ BAD_INPUTS = {
         lambda: TensorBoardReport(keys="main/loss"),
         TypeError,
         "keys must be a sequence of str, got 'main/loss'; write ['main/loss']",
+    ),
+    "an interval of none": (
+        lambda: GradientNoiseScale(0),
+        ValueError,
+        "interval must be an int of 1 or more, got 0; use 1 to look at each update",
+    ),
+    "smoothing that never learns": (
+        lambda: GradientNoiseScale(smoothing=1.0),
+        ValueError,
+        "smoothing must be a number from 0 to less than 1, got 1.0; use 0 for none",
+    ),
+    "a limit of one step": (
+        lambda: GradientNoiseScale(adapt_up_to=1),
+        ValueError,
+        "adapt_up_to must be an int of 2 or more, got 1; use None to leave accumulation_steps alone",
+    ),
+    "the noise scale of an updater that cannot accumulate": (
+        lambda: run(GradientNoiseScale(), StandardUpdater(iterator(), optimizer())),
+        TypeError,
+        "the Trainer's updater must be able to accumulate, got StandardUpdater; use chainer_accum.AccumulatingUpdater",
+    ),
+    "a learning rate of zero": (
+        lambda: LearningRateSurvey(0, 1),
+        ValueError,
+        "start must be a positive number, got 0; begin with a small rate",
+    ),
+    "a learning rate that shrinks": (
+        lambda: LearningRateSurvey(1, 0.1),
+        ValueError,
+        "stop must be larger than 1, got 0.1; the rate is to grow",
+    ),
+    "a survey of one update": (
+        lambda: LearningRateSurvey(0.1, 1, 1),
+        ValueError,
+        "updates must be an int of 2 or more, got 1; each update has a learning rate of its own",
+    ),
+    # Cached gradients, check_equivalence
+    "no loss over representations": (
+        lambda: CachedGradientUpdater(iterator(), optimizer()),
+        TypeError,
+        "loss_func must be callable, got None; pass the loss as a function of what the encoder returns",
+    ),
+    "an encoder that is none": (
+        lambda: CachedGradientUpdater(iterator(), optimizer(), loss_func=F.sum, encoder="encoder"),
+        TypeError,
+        "encoder must be callable, got 'encoder'; pass a function of the converted examples, or None for the model",
+    ),
+    "one example to be split": (
+        lambda: check_equivalence(make_model(), make_dataset(1)),
+        ValueError,
+        "batch must have two examples or more, got 1; pass as many as make an effective batch",
+    ),
+    "arrays for examples": (
+        lambda: check_equivalence(make_model(), (1, 2)),
+        TypeError,
+        "batch must be a list of examples, got (1, 2); pass what iterator.next() returns",
+    ),
+    "no model to check": (
+        lambda: check_equivalence(None, make_dataset(4)),
+        TypeError,
+        "model_or_updater must be a Link or an AccumulatingUpdater, got None; pass the model, and the loss function as",
+    ),
+    # What is added to a window, and what is wrapped
+    "a number for a loss function": (
+        lambda: add(3),
+        TypeError,
+        "lossfun must be callable, got 3; pass a function that returns the loss, or the model",
+    ),
+    "an expected weight of zero": (
+        lambda: enter(optimizer(), expected_weight=0),
+        ValueError,
+        "expected_weight must be positive, got 0; use None to take the first weight",
+    ),
+    "an expected weight below zero": (
+        lambda: enter(optimizer(), expected_weight=-1),
+        ValueError,
+        "expected_weight must be finite and not negative, got -1.0; use 0 to leave a micro-batch out",
+    ),
+    "a model to be wrapped": (
+        lambda: create_accumulating_optimizer(Readable(), 2),
+        TypeError,
+        "optimizer must be one that does not accumulate yet, got Readable(); pass the optimizer to be wrapped, such as",
+    ),
+    "an infinite loss scale": (lambda: updater(loss_scale=float("inf")), ValueError, SCALE.format("inf")),
+    "a word for new epochs": (
+        lambda: updater(auto_new_epoch="no"),
+        TypeError,
+        "auto_new_epoch must be True or False, got 'no'; use False to call optimizer.new_epoch() yourself",
+    ),
+    "a number for reading ahead": (
+        lambda: updater(prefetch=2),
+        TypeError,
+        "prefetch must be True or False, got 2; use True to convert the next micro-batch in a thread",
     ),
 }
 
