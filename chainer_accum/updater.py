@@ -190,6 +190,7 @@ class AccumulatingUpdater(StandardUpdater):
             auto_new_epoch,
             input_device=input_device,
         )
+        communicator_of(self.get_optimizer("main"))  # which refuses double buffering
         if isinstance(self._size, TunedMicroBatchSize) and links_communicate(self.get_optimizer("main")):
             raise ValueError(
                 "micro_batch_size must be the same on all ranks where links of the model communicate, got 'auto'; "
