@@ -29,8 +29,11 @@ lint: $(READY)
 types: $(READY)
 	$(RUN) mypy
 
-docs: $(READY)
+# A warning is an error.
+docs: $(READY)-for-docs
 	$(RUN) pytest tests/test_readme.py tests/test_docs.py
+	rm -rf build/docs
+	$(RUN) sphinx -W --keep-going -q docs build/docs
 
 # Kills, exceptions, memory limits, damaged snapshots, bad inputs and random cases, and how many of each.
 reliability: $(READY)
@@ -78,6 +81,11 @@ coverage: $(READY)
 clean:
 	rm -rf .venv .venvs .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist result
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Only those who build the documentation need Sphinx.
+$(READY)-for-docs: $(READY)
+	$(RUN) pip install --disable-pip-version-check --quiet --editable '.[docs]'
+	touch $@
 
 $(READY): setup.py setup.cfg build-constraints.txt $(CONSTRAINTS) tools/make_venv.sh
 	REQUIREMENTS="$(REQUIREMENTS)" tools/make_venv.sh $(VENV) "$(PYTHON)" $(addprefix --constraint ,$(CONSTRAINTS))

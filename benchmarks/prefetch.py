@@ -1,8 +1,8 @@
 """What does ``prefetch=True`` save where loading takes as long as computing?
 
-The converter waits, as for a disk, for as long as a forward/backward pass takes, and then converts. With k micro-batches
-in a window, all but the first wait can be hidden behind the passes, so at best (k + 1) / 2k of the time remains. The
-second column is what it costs where there is nothing to wait for.
+The converter waits, as for a disk, for as long as a forward/backward pass takes, and then converts. With k
+micro-batches in a window, all but the first wait can be hidden behind the passes, so at best (k + 1) / 2k of the time
+remains. The last column is what it costs where there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -55,12 +55,9 @@ def main() -> None:
         wait = statistics.median(alone) / k
         cells = []
         for seconds in (wait, 0.0):
-            contestants = {
-                name: make_update(workload, k, seconds, prefetch)
-                for name, prefetch in (("without", False), ("with", True))
-            }
+            contestants = {str(prefetch): make_update(workload, k, seconds, prefetch) for prefetch in (False, True)}
             times = measure(contestants, args.rounds)
-            cells.append(ratios(times["with"], times["without"]))
+            cells.append(ratios(times["True"], times["False"]))
         print(f"| {workload.name} | {wait * 1e3:.1f} ms | {' | '.join(cells)} |", flush=True)
     print(f"\nMade by `make bench`: `python benchmarks/prefetch.py --rounds {args.rounds} -k {k}`.")
 

@@ -49,7 +49,9 @@ class Cause(NamedTuple):
 
 
 class Equivalence(NamedTuple):
-    """What :func:`check_equivalence` found. It is true if the steps are the same, and prints as its message.
+    """What :func:`~chainer_accum.check_equivalence` found.
+
+    It is true if the steps are the same, and prints as its message.
 
     Attributes:
         is_equivalent (bool): Whether the accumulated step is the full-batch step, within rounding.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
 from typing import Any, Dict, Iterator, List, NamedTuple
 
 import chainer_accum  # noqa: F401  (before chainer, which it makes importable)
@@ -116,6 +118,27 @@ def assert_same_steps(actual: List[Step], expected: List[Step], tolerance: float
                 atol=tolerance,
                 err_msg=key,
             )
+
+
+def dead_links(path: pathlib.Path) -> List[str]:
+    """Returns the links of a Markdown file that lead to no file, or to no heading of the file."""
+    dead = []
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        if "://" in link or (target.exists() and not anchor):
+            continue
+        if not target.exists() or anchor not in map(_as_anchor, _headings(target)):
+            dead.append(link)
+    return dead
+
+
+def _headings(path: pathlib.Path) -> List[str]:
+    return re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def _as_anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def serial(dataset: Any, batch_size: int, **kwargs: Any) -> SerialIterator:
