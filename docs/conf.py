@@ -38,7 +38,7 @@ nitpick_ignore_regex = [
 html_theme = "alabaster"
 html_theme_options = {
     "description": chainer_accum.__doc__,
-    "page_width": "70rem",
+    "page_width": "80rem",
     "body_max_width": "none",
     "sidebar_width": "16rem",
     "show_powered_by": False,
