@@ -10,8 +10,8 @@ RUN = $(VENV)/bin/python -m
 # Named for the interpreter, so that asking for another one makes the environment anew.
 READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
 
-.PHONY: demo test test-mpi mpi-jobs check lint types docs reliability oldest newest coverage bench bench-mpi
-.PHONY: communication.md clean
+.PHONY: demo test test-mpi mpi-jobs check lint types docs reliability oldest newest coverage bench bench-mpi peers
+.PHONY: communication.md ready clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/digits/train_digits.py --out result
@@ -67,6 +67,14 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/auto.py >benchmarks/auto.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/prefetch.py >benchmarks/prefetch.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/noise_scale.py >benchmarks/noise_scale.md
+	$(MAKE) peers
+
+# PyTorch and what is built on it are large: they are in an environment of their own.
+peers:
+	$(MAKE) ready VENV=.venvs/peers REQUIREMENTS="--requirement benchmarks/peers-requirements.txt"
+	OMP_NUM_THREADS=1 .venvs/peers/bin/python benchmarks/peers.py >benchmarks/peers.md
+
+ready: $(READY)
 
 bench-mpi:
 	$(MAKE) communication.md VENV=.venvs/mpi REQUIREMENTS="$(MPI)"

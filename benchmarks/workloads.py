@@ -33,7 +33,8 @@ class Workload(NamedTuple):
         return list(zip(inputs, random.randint(10, size=size).astype(numpy.int32)))
 
 
-def _pool(x: chainer.Variable) -> chainer.Variable:
+def pool(x: chainer.Variable) -> chainer.Variable:
+    """Halves height and width."""
     return F.max_pooling_2d(x, 2)
 
 
@@ -53,8 +54,8 @@ WORKLOADS = [
     Workload(
         "CNN, two 3×3 convolutions of 16 and 32 channels, 28×28",
         lambda: [
-            *(L.Convolution2D(1, 16, 3, pad=1), F.relu, _pool),
-            *(L.Convolution2D(16, 32, 3, pad=1), F.relu, _pool),
+            *(L.Convolution2D(1, 16, 3, pad=1), F.relu, pool),
+            *(L.Convolution2D(16, 32, 3, pad=1), F.relu, pool),
             L.Linear(32 * 7 * 7, 10),
         ],
         (1, 28, 28),
