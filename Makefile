@@ -71,7 +71,7 @@ bench: $(READY)
 
 # PyTorch and what is built on it are large: they are in an environment of their own.
 peers:
-	$(MAKE) ready VENV=.venvs/peers REQUIREMENTS="--requirement benchmarks/peers-requirements.txt"
+	$(MAKE) ready VENV=.venvs/peers REQUIREMENTS=-rbenchmarks/peers-requirements.txt
 	OMP_NUM_THREADS=1 .venvs/peers/bin/python benchmarks/peers.py >benchmarks/peers.md
 
 ready: $(READY)
