@@ -636,9 +636,11 @@ def test_double_buffering_is_refused(monkeypatch):
 
     monkeypatch.setattr(chainer.cuda, "Stream", lambda non_blocking: None)
     optimizer = _DoubleBufferingOptimizer(momentum_sgd(), None, True).setup(make_model())
-    updater = AccumulatingUpdater(serial(DATASET, 4), optimizer)
-    with pytest.raises(ValueError, match="optimizer must not use double buffering, got double_buffering=True.*; call"):
-        updater.update()
+    message = "optimizer must not use double buffering, got double_buffering=True.*; call"
+    with pytest.raises(ValueError, match=message):
+        AccumulatingUpdater(serial(DATASET, 4), optimizer)
+    with pytest.raises(ValueError, match=message), accumulate(optimizer):
+        pass
 
 
 def test_what_another_process_returns_as_its_loss_may_be_empty():
