@@ -148,7 +148,8 @@ class CachedGradientUpdater(AccumulatingUpdater):
         window = begin_window(optimizer, "sum")
         of_encoder, of_loss = Observations(self._observation_rules), Observations()
         parts = list(micro_batches)
-        self._initialize_parameters(parts[0].examples)
+        with fitting(window, micro_batches, parts[0].examples):
+            self._initialize_parameters(parts[0].examples)
         before = _State(optimizer.target)
         encoded = []
         for micro_batch in parts:

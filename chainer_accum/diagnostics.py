@@ -11,6 +11,7 @@ and where there are no such weights, something is computed over the whole batch.
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import chainer
@@ -19,6 +20,7 @@ from chainer.dataset import concat_examples
 
 from chainer_accum._arguments import check_callable, check_choice, check_int, check_weight
 from chainer_accum._trials import Gradient, Settings, Trials
+from chainer_accum.cached_gradients import CachedGradientUpdater
 from chainer_accum.micro_batches import WeightFunc
 from chainer_accum.updater import AccumulatingUpdater
 from chainer_accum.window import LOSS_REDUCTIONS
@@ -340,6 +342,11 @@ def _read_settings(
         micro_batch_size = check_int("micro_batch_size", micro_batch_size, 1, "use None for two fifths of the batch")
     if loss_reduction is not None:
         check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
+    if isinstance(model_or_updater, CachedGradientUpdater):
+        raise TypeError(
+            "model_or_updater must not be a CachedGradientUpdater, whose loss is not one of micro-batches; compare its "
+            "parameters after an update with those of StandardUpdater"
+        )
     if isinstance(model_or_updater, AccumulatingUpdater):
         updater = model_or_updater
         optimizer = updater.get_optimizer("main")
@@ -373,7 +380,9 @@ def _read_settings(
 def _split(batch: Any, micro_batch_size: Optional[int]) -> List[Any]:
     """Returns micro-batches, the last of which is smaller than the first if there are three examples or more."""
     if not hasattr(batch, "__len__") or isinstance(batch, (tuple, dict, str)):
-        raise TypeError(f"batch must be a list of examples, got {batch!r}; pass what iterator.next() returns")
+        raise TypeError(
+            f"batch must be a list of examples, got {reprlib.repr(batch)}; pass what iterator.next() returns"
+        )
     size = len(batch)
     if size < 2:
         raise ValueError(f"batch must have two examples or more, got {size}; pass as many as make an effective batch")

@@ -42,6 +42,7 @@ class MicroBatches:
         is_repeatable (bool): See the argument.
         is_new_epoch (bool): Whether an epoch ended with one of the iterator batches read so far.
         examples (int): How many examples have been read so far, as far as batches are lists of them.
+        skipped_examples (int): How many of them do not count after all.
         largest_batch (int): How many of them were in the largest iterator batch.
         shapes: Shapes of the arrays in the first example.
         expected_weight (float): What the weights of the window add up to if every iterator batch is like the first one,
@@ -71,6 +72,7 @@ class MicroBatches:
         self._parts: List[List[MicroBatch]] = []
         self.is_new_epoch = False
         self.examples = 0
+        self.skipped_examples = 0
         self.largest_batch = 0
         self._read()
         first = self._parts[0][0].examples
@@ -95,6 +97,11 @@ class MicroBatches:
         """Lets the next iteration begin with the first iterator batch again, and split to another size."""
         self._micro_batch_size = micro_batch_size
         self._parts = [self._split(batch) for batch in self._batches]
+        self.skipped_examples = 0
+
+    def skip(self, examples: Any) -> None:
+        """Takes note that the examples of a micro-batch do not count."""
+        self.skipped_examples += len(examples) if _is_list(examples) else 0
 
     def _read(self) -> None:
         batch = self._iterator.next()

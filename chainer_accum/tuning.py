@@ -23,8 +23,11 @@ class MicroBatchSize:
     Attributes:
         size (int): The number for the next window.
         timings (dict): Seconds per example by size, as far as they were measured.
+        is_tuned (bool): Whether the size is being searched for.
 
     """
+
+    is_tuned = False
 
     def __init__(self, size: Optional[int]) -> None:
         self.size = size
@@ -60,6 +63,8 @@ class TunedMicroBatchSize(MicroBatchSize):
     own, unless they are single ones between others, as the last of the data may be.
 
     """
+
+    is_tuned = True
 
     def __init__(self) -> None:
         self._search = _Search()

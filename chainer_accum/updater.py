@@ -88,13 +88,13 @@ class AccumulatingUpdater(StandardUpdater):
             micro-batches reported become one: ``'mean'`` (by weight; the default), ``'sum'`` or ``'last'``. Of values
             that are not scalars, the last is reported.
         prefetch (bool): Whether the next micro-batch of an update is read from the iterator and converted in a thread
-            while the present one computes. Then one more converted micro-batch is alive at a time. If the dataset or
-            the converter draws from the random generators that the model draws from, the order of their draws is left
-            to chance.
+            while the present one computes. Then one more converted micro-batch is alive at a time. If the iterator, the
+            dataset or the converter draws from the random generators that the model draws from, as an iterator that
+            shuffles does by default, the order of their draws is left to chance.
         split_when_out_of_memory (bool): Whether an update for which memory does not suffice begins again with smaller
             micro-batches. The examples of an update are then kept until it is over. By default, that is so where the
             iterator has them all in one batch anyway: if ``accumulation_steps`` is 1 and there is a
-            ``micro_batch_size``.
+            ``micro_batch_size``; and with ``micro_batch_size='auto'``, which cannot do without.
         nonfinite (str): What is done with a micro-batch whose loss or gradient is not finite: ``'keep'`` counts it like
             any other; ``'skip'`` leaves it out, with its weight, what it reported and what it did to persistent values,
             and reports how many these were as ``skipped_micro_batches``; ``'raise'`` raises
@@ -112,9 +112,9 @@ class AccumulatingUpdater(StandardUpdater):
         auto_new_epoch: See the argument.
         accumulation_steps (int): Number of iterator batches in the last update, or before the first, in that. It can
             be set to all that the argument can be, from the next update on.
-        effective_batch_size (int): Number of examples in the last update, or ``None`` if that is not known: before the
-            first, if the batches of the iterator are no lists, or if :attr:`accumulation_steps` is always one and there
-            is no :attr:`micro_batch_size`, so that ``StandardUpdater`` does it.
+        effective_batch_size (int): Number of examples in the last update that were not skipped, or ``None`` if that is
+            not known: before the first, if the batches of the iterator are no lists, or if :attr:`accumulation_steps`
+            is always one and there is no :attr:`micro_batch_size`, so that ``StandardUpdater`` does it.
         micro_batch_size (int): The largest number of examples in one forward/backward pass of the next update, or
             ``None``. It may have been lowered for want of memory.
         weight_func: See the argument.
@@ -191,7 +191,12 @@ class AccumulatingUpdater(StandardUpdater):
             input_device=input_device,
         )
         communicator_of(self.get_optimizer("main"))  # which refuses double buffering
-        if isinstance(self._size, TunedMicroBatchSize) and links_communicate(self.get_optimizer("main")):
+        if self._size.is_tuned and split_when_out_of_memory is False:
+            raise ValueError(
+                "split_when_out_of_memory must not be False with micro_batch_size='auto', got False; the search meets "
+                "sizes that do not fit"
+            )
+        if self._size.is_tuned and links_communicate(self.get_optimizer("main")):
             raise ValueError(
                 "micro_batch_size must be the same on all ranks where links of the model communicate, got 'auto'; "
                 "give a number"
@@ -321,7 +326,10 @@ class AccumulatingUpdater(StandardUpdater):
         of_update.add(reported, 1.0)
         chainer.report({**observation, **of_update.merged()})
         self._size.end_window(device, micro_batches.shapes, micro_batches.examples, micro_batches.largest_batch)
-        self.effective_batch_size = micro_batches.examples or None
+        if micro_batches.examples > 0:
+            self.effective_batch_size = micro_batches.examples - micro_batches.skipped_examples
+        else:
+            self.effective_batch_size = None
         if self.auto_new_epoch and micro_batches.is_new_epoch:
             optimizer.new_epoch(auto=True)
         return micro_batches.is_new_epoch
@@ -365,6 +373,8 @@ class AccumulatingUpdater(StandardUpdater):
                     is_counted = window.add(bind_loss(), weight=micro_batch.weight)
                 if is_counted:
                     observations.add(observation, micro_batch.weight)
+                else:
+                    micro_batches.skip(micro_batch.examples)
                 del micro_batch, bind_loss  # its examples are not to be held while the next are read
         return window, observations.merged()
 
@@ -389,7 +399,8 @@ class AccumulatingUpdater(StandardUpdater):
     def _keeps_examples(self) -> bool:
         if self._splits_when_out_of_memory is not None:
             return self._splits_when_out_of_memory
-        return self._size.size is not None and self._steps == 1  # when the iterator has made the whole batch anyway
+        # A search will meet sizes that do not fit. And if there is one batch only, the iterator has made it anyway.
+        return self._size.is_tuned or (self._size.size is not None and self._steps == 1)
 
     def _bind_loss(self, micro_batch: MicroBatch) -> Callable[[], chainer.Variable]:
         loss_func = self.loss_func or self.get_optimizer("main").target

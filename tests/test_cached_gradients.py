@@ -704,11 +704,12 @@ def test_bad_arguments_are_refused(kwargs, error, message):
         make_updater(CachedGradientUpdater, serial(make_dataset(), 6), optimizers.SGD(), **kwargs)
 
 
+@pytest.mark.parametrize("make_body", [make_mlp, lambda: chainer.Sequential(L.Linear(None, 4, initialW=initial(0)))])
 @pytest.mark.parametrize("micro_batch_size", [10, "auto"])
-def test_a_micro_batch_that_does_not_fit_is_encoded_in_smaller_ones(micro_batch_size):
+def test_a_micro_batch_that_does_not_fit_is_encoded_in_smaller_ones(micro_batch_size, make_body):
     models = []
     for limit in (None, 3):
-        model = Model()
+        model = Model(make_body)
         sizes = []
 
         def encode(x, t, model=model, sizes=sizes, limit=limit):

@@ -880,3 +880,10 @@ def test_a_bad_argument_is_refused(name):
     call, error, message = BAD_ARGUMENTS[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_cached_gradient_updater_is_refused():
+    optimizer = chainer.optimizers.SGD().setup(make_model())
+    updater = chainer_accum.CachedGradientUpdater(serial(make_dataset(), 6), optimizer, loss_func=F.sum)
+    with pytest.raises(TypeError, match="model_or_updater must not be a CachedGradientUpdater"):
+        check_equivalence(updater, make_dataset(6))

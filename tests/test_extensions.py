@@ -181,3 +181,28 @@ def test_keys_are_checked():
         ExampleMean(3)
     with pytest.raises(TypeError, match=r"keys must be a sequence of str, got 'main/loss'; write \['main/loss'\]"):
         TensorBoardReport(keys="main/loss")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_an_example_mean_leaves_out_what_was_skipped(tmp_path):
+    data = make_dataset(24)
+    broken = [(x * numpy.float32("nan") if i < 9 else x, t) for i, (x, t) in enumerate(data)]
+    optimizer = optimizers.SGD(0.1)
+    updater = make_updater(AccumulatingUpdater, serial(broken, 12), optimizer, micro_batch_size=3, nonfinite="skip")
+    trainer = Trainer(updater, (1, "epoch"), out=str(tmp_path))
+    trainer.extend(ExampleMean("main/loss"))
+    trainer.extend(chainer_extensions.LogReport())
+    seen = record(trainer)
+    trainer.run()
+    losses, sizes = zip(*seen)
+    assert sizes == (3, 12)
+    (entry,) = read_log(tmp_path)
+    numpy.testing.assert_allclose(entry["main/loss/example_mean"], numpy.average(losses, weights=sizes), rtol=1e-6)
+
+
+def test_an_example_mean_of_nothing_is_a_warning(tmp_path):
+    trainer = make_trainer(tmp_path, epochs=1)
+    trainer.extend(ExampleMean("main/los"))
+    with pytest.warns(RuntimeWarning, match="no mean of 'main/los', as it was not observed; observed are"):
+        trainer.run()
+    assert "main/los/example_mean" not in read_log(tmp_path)[0]

@@ -216,3 +216,30 @@ def test_bad_arguments_are_refused(kwargs, error, message):
 def test_another_updater_is_refused(tmp_path):
     with pytest.raises(TypeError, match="must be able to accumulate, got StandardUpdater; use chainer_accum"):
         train(1, updater_class=StandardUpdater, out=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:(Non finite|invalid value|overflow)")
+def test_norms_that_are_not_finite_are_passed_over(tmp_path):
+    data = [(x.astype("e"), t) for x, t in make_regression_data(200)]
+    optimizer = chainer.optimizers.SGD(0.0)
+    updater = make_updater(
+        chainer_accum.AccumulatingUpdater, serial(data, 2), optimizer, Regression(numpy.float16), accumulation_steps=4
+    )
+    optimizer.loss_scaling()
+    optimizer._loss_scale = 2.0**18  # too large for float16
+    extension = GradientNoiseScale(1)
+    trainer = Trainer(updater, (20, "iteration"), out=str(tmp_path))
+    trainer.extend(extension)
+    trainer.run()
+    assert optimizer._loss_scale < 2.0**18
+    assert numpy.isfinite(extension._noise.value) and extension._noise.value > 0
+
+
+def test_updaters_that_cannot_measure_or_cannot_adapt_are_refused(tmp_path):
+    optimizer = chainer.optimizers.SGD().setup(make_model())
+    cached = chainer_accum.CachedGradientUpdater(serial(make_dataset(), 6), optimizer, loss_func=F.sum)
+    with pytest.raises(TypeError, match="must be able to accumulate, got CachedGradientUpdater"):
+        GradientNoiseScale().initialize(Trainer(cached, (1, "iteration"), out=str(tmp_path)))
+    single = chainer_accum.AccumulatingUpdater(serial(make_dataset(), 6), optimizer)
+    with pytest.raises(ValueError, match="accumulation_steps must be 2 or more for adapt_up_to, got 1; nothing can be"):
+        GradientNoiseScale(adapt_up_to=4).initialize(Trainer(single, (1, "iteration"), out=str(tmp_path)))

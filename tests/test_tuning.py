@@ -169,3 +169,36 @@ def test_other_words_and_batches_that_cannot_be_split_are_refused():
             chainer.optimizers.SGD(),
             micro_batch_size="automatic",
         )
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_search_meets_sizes_that_do_not_fit_and_goes_on(steps):
+    class Limited(chainer.links.Classifier):
+        def forward(self, x, t):
+            if len(x) > 70:
+                raise MemoryError("no room")
+            return super().forward(x, t)
+
+    updater = make_updater(
+        chainer_accum.AccumulatingUpdater,
+        serial(make_dataset(400), 200),
+        chainer.optimizers.SGD(),
+        Limited(make_model().predictor),
+        accumulation_steps=steps,
+        micro_batch_size="auto",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        run(updater, 20)
+    assert max(updater.micro_batch_timings) <= 64
+
+
+def test_a_search_that_may_not_split_is_refused():
+    with pytest.raises(ValueError, match="split_when_out_of_memory must not be False with micro_batch_size='auto'"):
+        make_updater(
+            chainer_accum.AccumulatingUpdater,
+            serial(make_dataset(), 4),
+            chainer.optimizers.SGD(),
+            micro_batch_size="auto",
+            split_when_out_of_memory=False,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Optional
 
 import chainer
@@ -57,9 +58,18 @@ class ExampleMean(extension.Extension):
                     "effective_batch_size must be known, got None; let the iterator return lists, and for single "
                     "batches give the updater accumulation_steps={0: 1}"
                 )
-            self._summary.add(chainer.as_array(trainer.observation[self._key]), examples)
+            if examples > 0:
+                self._summary.add(chainer.as_array(trainer.observation[self._key]), examples)
         if self._trigger(trainer):
-            chainer.report({self._result_key: self._summary.compute_mean()})
+            try:
+                chainer.report({self._result_key: self._summary.compute_mean()})
+            except ZeroDivisionError:
+                warnings.warn(
+                    f"no mean of {self._key!r}, as it was not observed; observed are "
+                    f"{', '.join(map(repr, sorted(trainer.observation)))}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             self._summary = chainer.reporter.Summary()
 
     def serialize(self, serializer: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, Optional, Tuple
 
 import chainer
 from chainer.training import extension
 
 from chainer_accum._arguments import check_int, check_real
+from chainer_accum.cached_gradients import CachedGradientUpdater
 from chainer_accum.gradient_norms import GradientNorms
 from chainer_accum.updater import AccumulatingUpdater
 
@@ -80,14 +82,19 @@ class GradientNoiseScale(extension.Extension):
     def initialize(self, trainer: Any) -> None:
         """Asks the updater for the norms of gradients."""
         updater = trainer.updater
-        if not isinstance(updater, AccumulatingUpdater):
+        if not isinstance(updater, AccumulatingUpdater) or isinstance(updater, CachedGradientUpdater):
             raise TypeError(
                 f"the Trainer's updater must be able to accumulate, got {type(updater).__name__}; "
                 "use chainer_accum.AccumulatingUpdater"
             )
-        updater.gradient_norm_interval = self._interval
         if self._steps is not None:
             updater.accumulation_steps = self._steps
+        if self._most_steps is not None and updater.accumulation_steps == 1 and updater.micro_batch_size is None:
+            raise ValueError(
+                "accumulation_steps must be 2 or more for adapt_up_to, got 1; nothing can be estimated from a single "
+                "micro-batch"
+            )
+        updater.gradient_norm_interval = self._interval
 
     def __call__(self, trainer: Any) -> None:
         """Takes the norms of the last update into account, and reports."""
@@ -95,6 +102,8 @@ class GradientNoiseScale(extension.Extension):
         norms = updater.gradient_norms
         if norms is not None and len(norms.weights) > 1:
             noise, signal = estimate(norms)
+            if not (math.isfinite(noise) and math.isfinite(signal)):  # the loss scale was too large, or the data broken
+                return
             self._noise.add(noise)
             self._signal.add(signal)
             self._suggest(updater, sum(norms.weights) / updater.accumulation_steps)
