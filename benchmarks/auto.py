@@ -44,7 +44,7 @@ def tune(updater: Any) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="how often each runs")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each runs")
     parser.add_argument("--batch", type=int, default=2048, help="examples in the effective batch")
     args = parser.parse_args()
     print(f"# Time with micro_batch_size='auto'\n\n{__doc__.split(chr(10), 2)[2].strip()}\n")

@@ -44,7 +44,7 @@ def make_contestant(workload: Workload, k: int, extension: Optional[GradientNois
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="how often each runs")
+    parser.add_argument("--rounds", type=int, default=6, help="how often each runs")
     parser.add_argument("--accumulation-steps", "-k", type=int, default=16)
     args = parser.parse_args()
     k = args.accumulation_steps

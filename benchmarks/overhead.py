@@ -59,7 +59,7 @@ def make_contestants(workload: Workload, k: int) -> Dict[str, Callable[[], None]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100, help="how often each runs")
+    parser.add_argument("--rounds", type=int, default=40, help="how often each runs")
     parser.add_argument("--accumulation-steps", "-k", type=int, default=16)
     args = parser.parse_args()
     k = args.accumulation_steps

@@ -41,7 +41,7 @@ def make_update(workload: Workload, k: int, wait: float, prefetch: bool) -> Call
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="how often each runs")
+    parser.add_argument("--rounds", type=int, default=10, help="how often each runs")
     parser.add_argument("--accumulation-steps", "-k", type=int, default=8)
     args = parser.parse_args()
     k = args.accumulation_steps
