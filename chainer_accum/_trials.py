@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import warnings
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import chainer
 import numpy
@@ -20,6 +20,7 @@ from chainer.dataset import convert
 from chainer.utils.type_check import InvalidType
 
 from chainer_accum.micro_batches import WeightFunc
+from chainer_accum.observations import reporting_to
 from chainer_accum.random_state import RandomState, devices_of
 from chainer_accum.updater import AccumulatingUpdater
 
@@ -83,7 +84,7 @@ class Trials:
         own = [vars(link) for link in self._links]
         try:
             # Micro-batches of one example, or without a valid label, make models warn as training might never do.
-            with warnings.catch_warnings(), _unobserved():
+            with warnings.catch_warnings(), reporting_to({}):
                 warnings.simplefilter("ignore")
                 yield
         finally:
@@ -238,15 +239,6 @@ def _links_behind(thing: Any) -> Iterator[chainer.Link]:
         for value in [value for names in variables for value in names.values()]:
             if isinstance(value, chainer.Link):
                 yield from value.links()
-
-
-def _unobserved() -> ContextManager[Any]:
-    """Returns a context in which what is reported goes nowhere."""
-    try:
-        scope: ContextManager[Any] = chainer.get_current_reporter().scope({})
-    except IndexError:  # there is no reporter
-        return contextlib.nullcontext()
-    return scope
 
 
 class _WideConverter(chainer.dataset.Converter):

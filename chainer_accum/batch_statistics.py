@@ -111,10 +111,10 @@ class BatchStatistics:
     @contextlib.contextmanager
     def collecting(self) -> Iterator[List[Tuple[Any, _Moments]]]:
         """Returns a context in which no running average moves, and that returns the list of what would move them."""
-        collector = _Collector()
         if not self._is_collecting:
-            yield collector.calls
+            yield []
             return
+        collector = _Collector()
         try:
             with collector:
                 yield collector.calls

@@ -173,13 +173,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
         return window, {**of_encoder.merged(), **of_loss.merged()}
 
     def _encode(self, examples: Any) -> Any:
-        encoder = self.encoder or self.get_optimizer("main").target
-        arguments = chainer.dataset.convert._call_converter(self.converter, examples, self.input_device)
-        if isinstance(arguments, tuple):
-            return encoder(*arguments)
-        if isinstance(arguments, dict):
-            return encoder(**arguments)
-        return encoder(arguments)
+        return self._bind(self.encoder or self.get_optimizer("main").target, examples)()
 
     def _initialize_parameters(self, examples: Any) -> None:
         """Initializes the lazy parameters of the encoder, for the random numbers that they draw cannot be replayed.

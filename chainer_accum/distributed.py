@@ -14,15 +14,15 @@ up, or from parameters that they have shared.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import chainer
 import numpy
 
 from chainer_accum._devices import device_of
+from chainer_accum.observations import reporting_to
 from chainer_accum.persistent_values import PersistentValues
 from chainer_accum.window import Window
 
@@ -219,7 +219,7 @@ class MultiNodeWindow(Window):
         assert self._persistent_values is not None
         self._persistent_values.restore()
         self._begin()
-        with _reports_dropped():
+        with reporting_to({}):
             for run in self._passes:
                 run()
 
@@ -279,11 +279,3 @@ def share_parameters(target: chainer.Link, communicator: Any) -> bool:
 
 def _communicates(link: chainer.Link) -> bool:
     return any(base.__module__.startswith("chainermn.") for base in type(link).__mro__)
-
-
-def _reports_dropped() -> ContextManager[Any]:
-    try:
-        scope: ContextManager[Any] = chainer.get_current_reporter().scope({})
-    except IndexError:  # there is no reporter
-        return contextlib.nullcontext()
-    return scope

@@ -40,7 +40,7 @@ class Observations:
         for value in self._values.values():
             value.drop_graph()
         observation: Dict[str, Any] = {}
-        with _reporting_to(observation):
+        with reporting_to(observation):
             yield observation
 
     def add(self, observation: Mapping[str, Any], weight: float) -> None:
@@ -60,7 +60,8 @@ class Observations:
         return {key: value.merged() for key, value in self._values.items()}
 
 
-def _reporting_to(observation: Dict[str, Any]) -> ContextManager[None]:
+def reporting_to(observation: Dict[str, Any]) -> ContextManager[None]:
+    """Returns a context in which what is reported goes to the dictionary, if there is a reporter at all."""
     try:
         scope: ContextManager[None] = chainer.get_current_reporter().scope(observation)
     except IndexError:  # there is no reporter, and nothing to collect

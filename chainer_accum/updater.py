@@ -403,13 +403,16 @@ class AccumulatingUpdater(StandardUpdater):
         return self._size.is_tuned or (self._size.size is not None and self._steps == 1)
 
     def _bind_loss(self, micro_batch: MicroBatch) -> Callable[[], chainer.Variable]:
-        loss_func = self.loss_func or self.get_optimizer("main").target
-        arguments = chainer.dataset.convert._call_converter(self.converter, micro_batch.examples, self.input_device)
+        return self._bind(self.loss_func or self.get_optimizer("main").target, micro_batch.examples)
+
+    def _bind(self, function: Callable[..., Any], examples: Any) -> Callable[[], Any]:
+        """Returns a function that calls this one with the converted examples, in the form in which they come."""
+        arguments = chainer.dataset.convert._call_converter(self.converter, examples, self.input_device)
         if isinstance(arguments, tuple):
-            return functools.partial(loss_func, *arguments)
+            return functools.partial(function, *arguments)
         if isinstance(arguments, dict):
-            return functools.partial(loss_func, **arguments)
-        return functools.partial(loss_func, arguments)
+            return functools.partial(function, **arguments)
+        return functools.partial(function, arguments)
 
 
 class _OutOfMemory(Exception):
