@@ -28,9 +28,10 @@ from conftest import (
 )
 
 
-def make(iterator, **kwargs):
+def make(iterator, model=None, optimizer=None, **kwargs):
     kwargs = {"prefetch": True, **kwargs}
-    return make_updater(chainer_accum.AccumulatingUpdater, iterator, chainer.optimizers.Adam(), **kwargs)
+    optimizer = optimizer or chainer.optimizers.Adam()
+    return make_updater(chainer_accum.AccumulatingUpdater, iterator, optimizer, model, **kwargs)
 
 
 @settings(max_examples=30)
@@ -95,15 +96,13 @@ def test_the_next_is_prepared_while_the_present_one_computes_and_no_other():
         ahead.append(len(converted) - len(ahead) - 1)
         return model(x, t)
 
-    updater = make_updater(
-        chainer_accum.AccumulatingUpdater,
+    updater = make(
         serial(make_dataset(), 5),
-        chainer.optimizers.SGD(),
         model,
+        chainer.optimizers.SGD(),
         converter=converter,
         loss_func=loss_func,
         accumulation_steps=4,
-        prefetch=True,
     )
     run(updater, 1)
     assert converted == [True] * 4
@@ -130,15 +129,13 @@ def test_one_converted_micro_batch_more_is_alive_and_no_other():
         alive.append(sum(reference() is not None for reference in references))
         return model(numpy.array(x), t)
 
-    updater = make_updater(
-        chainer_accum.AccumulatingUpdater,
+    updater = make(
         serial(make_dataset(), 5),
-        chainer.optimizers.SGD(),
         model,
+        chainer.optimizers.SGD(),
         converter=converter,
         loss_func=loss_func,
         accumulation_steps=8,
-        prefetch=True,
     )
     run(updater, 2)
     assert max(alive) <= 2
@@ -187,15 +184,13 @@ def test_an_exception_is_raised_where_it_belongs_and_training_goes_on(stage):
             fail_at(3, passes)
         return model(x, t)
 
-    updater = make_updater(
-        chainer_accum.AccumulatingUpdater,
+    updater = make(
         Iterator(make_dataset(), 5, shuffle=False),
-        chainer.optimizers.SGD(),
         model,
+        chainer.optimizers.SGD(),
         converter=converter,
         loss_func=loss_func,
         accumulation_steps=4,
-        prefetch=True,
     )
     threads = threading.active_count()
     with pytest.raises(KeyError, match=stage):
@@ -234,15 +229,13 @@ def test_a_micro_batch_that_does_not_fit_is_split_wherever_memory_fails():
                     raise MemoryError("no room")
                 return model(x, t)
 
-            updater = make_updater(
-                chainer_accum.AccumulatingUpdater,
+            updater = make(
                 serial(make_dataset(), 20),
-                chainer.optimizers.SGD(),
                 model,
+                chainer.optimizers.SGD(),
                 converter=converter,
                 loss_func=loss_func,
                 micro_batch_size=10,
-                prefetch=True,
             )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore" if limit else "error", RuntimeWarning)
