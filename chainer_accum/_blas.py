@@ -36,10 +36,25 @@ def add_matrix_product(total: Any, a: Any, b: Any) -> None:
     if gemm is None:
         total += a.T.dot(b)
         return
-    arrays = total, numpy.ascontiguousarray(a), numpy.ascontiguousarray(b)
-    total_pointer, a_pointer, b_pointer = (array.__array_interface__["data"][0] for array in arrays)
     (k, m), n = a.shape, b.shape[1]
-    gemm(_ROW_MAJOR, _TRANSPOSE, _NO_TRANSPOSE, m, n, k, 1.0, a_pointer, m, b_pointer, n, 1.0, total_pointer, n)
+    # A transposed array is as good as one that is not: the library can read either in either way.
+    a, a_is_transposed = _contiguous(a)
+    b, b_is_transposed = _contiguous(b)
+    transpose_a, a_width = (_NO_TRANSPOSE, k) if a_is_transposed else (_TRANSPOSE, m)
+    transpose_b, b_width = (_TRANSPOSE, k) if b_is_transposed else (_NO_TRANSPOSE, n)
+    pointers = [array.__array_interface__["data"][0] for array in (a, b, total)]
+    gemm(
+        *(_ROW_MAJOR, transpose_a, transpose_b, m, n, k),
+        *(1.0, pointers[0], a_width, pointers[1], b_width),
+        *(1.0, pointers[2], n),
+    )
+
+
+def _contiguous(array: numpy.ndarray) -> Tuple[numpy.ndarray, bool]:
+    """Returns the array or a copy, C-contiguous unless its transpose is, and whether that is so."""
+    if array.flags.f_contiguous and not array.flags.c_contiguous:
+        return array, True
+    return numpy.ascontiguousarray(array), False
 
 
 @functools.lru_cache(maxsize=None)

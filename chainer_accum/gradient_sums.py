@@ -3,8 +3,8 @@
 Chainer would add up gradients in ``param.grad`` by itself: with a graph node, a new array and a rounding in the dtype
 of the parameter, for each parameter and pass. To add up the finished gradients of each pass needs no node, but a second
 set of gradients, and reads and writes all of them once more. A gradient is cheapest to add as it is made: it is still
-in the cache, and gone before the next one is made. And the gradient of a matrix product need not be made at all, for a
-matrix product can be added to a sum while it is computed.
+in the cache, and gone before the next one is made. And that of the weight of a linear function, a convolution or an
+embedding need not be made at all: a matrix product can be added to a sum while it is computed, and rows one by one.
 
 So this module steps between Chainer's backward pass and the functions that have a parameter as an input: it adds the
 gradients that they return to the sums and returns none of them. What reaches ``param.grad`` by another way, such as
@@ -16,17 +16,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import chainer
 import numpy
-from chainer.functions.connection.linear import LinearFunction
+from chainer.functions.connection.convolution_2d import Convolution2DFunction
+from chainer.functions.connection.embed_id import EmbedIDFunction
+from chainer.functions.connection.linear import LinearFunction, LinearGradData
 
 from chainer_accum._blas import add_matrix_product
+from chainer_accum._convolution import add_convolution_weight
 from chainer_accum._devices import device_of
-
-# What a linear function does in its backward pass, as far as it is Chainer's own and not one that replaces it.
-_LINEAR_BACKWARD = LinearFunction.backward
 
 
 class GradientSums:
@@ -83,14 +83,44 @@ class GradientSums:
             else:
                 total += grad
 
-    def add_product(self, param: chainer.Parameter, a: Any, b: Any) -> None:
-        """Adds the gradient ``a.T @ b``."""
+    def add_linear(self, param: chainer.Parameter, function: LinearFunction, x: Any, gy: Any) -> bool:
+        """Adds the gradient of the weight of a linear function, and returns whether it did, as it always does.
+
+        Args:
+            param (~chainer.Parameter): The weight.
+            function (~chainer.FunctionNode): The function.
+            x (:ref:`ndarray`): Its input.
+            gy (:ref:`ndarray`): Gradient of its output.
+
+        """
         total = self.get(param)
         if total is None:
-            grad = a.T.dot(b)
+            grad = gy.T.dot(x)
             self.set(param, grad.astype(_sum_dtype(grad), copy=False))
         else:
-            add_matrix_product(total, a, b)
+            add_matrix_product(total, gy, x)
+        return True
+
+    def add_convolution(self, param: chainer.Parameter, function: Convolution2DFunction, x: Any, gy: Any) -> bool:
+        """Adds the gradient of the weight of a convolution, if it can, and returns whether it did."""
+        if not isinstance(gy, numpy.ndarray) or function.groups > 1:
+            return False
+        total = self._get_or_zeros(param)
+        if not (total.flags.c_contiguous and total.dtype == param.dtype == x.dtype == gy.dtype):
+            return False
+        stride, pad, dilate = (function.sy, function.sx), (function.ph, function.pw), (function.dy, function.dx)
+        add_convolution_weight(total, x, gy, stride, pad, dilate)
+        return True
+
+    def add_embedding(self, param: chainer.Parameter, function: EmbedIDFunction, x: Any, gy: Any) -> bool:
+        """Adds the gradient of the rows of a weight that were looked up, if it can, and returns whether it did."""
+        if not isinstance(gy, numpy.ndarray):
+            return False
+        total = self._get_or_zeros(param)
+        for index, row in zip(x.ravel(), gy.reshape(x.size, total.shape[1])):
+            if index != function.ignore_label:
+                total[index] += row
+        return True
 
     def get(self, param: chainer.Parameter) -> Optional[Any]:
         """Returns the sum of the gradients of ``param``, or ``None`` if it has had none."""
@@ -100,6 +130,12 @@ class GradientSums:
     def set(self, param: chainer.Parameter, total: Any) -> None:
         """Sets the sum of the gradients of ``param`` to an array, which it keeps."""
         self._sums[id(param)] = param, total
+
+    def _get_or_zeros(self, param: chainer.Parameter) -> Any:
+        """Returns the sum of the gradients of ``param``, which is on the host."""
+        if self.get(param) is None:
+            self.set(param, numpy.zeros(param.shape, _sum_dtype(param)))
+        return self.get(param)
 
     def take(self) -> Iterator[Tuple[chainer.Parameter, Any]]:
         """Returns an iterator over all parameters with a sum, and removes each from here."""
@@ -120,6 +156,15 @@ class GradientSums:
 
 def _sum_dtype(grad: Any) -> Any:
     return numpy.promote_types(grad.dtype, numpy.float32)
+
+
+# What adds the gradient of a weight, by the backward passes whose part it takes: Chainer's own, not what replaces them.
+_SHORTCUTS: Dict[Any, Callable[..., bool]] = {
+    LinearFunction.backward: GradientSums.add_linear,
+    Convolution2DFunction.backward: GradientSums.add_convolution,
+    EmbedIDFunction.backward: GradientSums.add_embedding,
+}
+_LINEAR_BACKWARD = LinearFunction.backward
 
 
 class _AddWhereBorn(chainer.FunctionHook):
@@ -164,31 +209,44 @@ class _AddWhereBorn(chainer.FunctionHook):
         grad_outputs: Tuple[Any, ...],
     ) -> Sequence[Optional[chainer.Variable]]:
         inputs = function.inputs
-        if type(function).backward is _LINEAR_BACKWARD:
-            indexes = self._add_linear(inputs, in_data[0], grad_outputs[0].array, indexes)
-        grads = type(function).backward(function, indexes, grad_outputs)
-        if len(grads) not in (len(inputs), len(indexes)):
-            return grads  # type: ignore[no-any-return]  # for Chainer to complain about
+        found = self._take_shortcut(function, in_data, indexes, grad_outputs)
+        indexes = tuple(index for index in indexes if index not in found)
+        if indexes:
+            grads = type(function).backward(function, indexes, grad_outputs)
+            if len(grads) not in (len(inputs), len(indexes)):
+                return grads  # type: ignore[no-any-return]  # for Chainer to complain about
+            found.update(zip(range(len(inputs)) if len(grads) == len(inputs) else indexes, grads))
         kept: List[Optional[chainer.Variable]] = [None] * len(inputs)
-        for index, grad in zip(range(len(inputs)) if len(grads) == len(inputs) else indexes, grads):
-            if grad is None or index not in indexes:
+        for index, grad in found.items():
+            if grad is None or not inputs[index].requires_grad:
                 continue
             param = self._params.get(inputs[index])
             if param is None:
-                kept[index] = grad
+                kept[index] = chainer.as_variable(grad)
             else:
-                self._sums.add(param, grad.array)
+                self._sums.add(param, chainer.as_array(grad))
         return kept
 
-    def _add_linear(self, inputs: Tuple[Any, ...], x: Any, gy: Any, indexes: Tuple[int, ...]) -> Tuple[int, ...]:
-        """Adds the gradients of weight and bias, and returns the indexes of the inputs that have none yet."""
-        left = []
-        for index in indexes:
-            param = self._params.get(inputs[index])
-            if param is None or index == 0:
-                left.append(index)
-            elif index == 1:
-                self._sums.add_product(param, gy, x)
-            else:
-                self._sums.add(param, gy.sum(axis=0))
-        return tuple(left)
+    def _take_shortcut(
+        self,
+        function: chainer.FunctionNode,
+        in_data: Tuple[Any, ...],
+        indexes: Tuple[int, ...],
+        grad_outputs: Tuple[Any, ...],
+    ) -> Dict[int, Any]:
+        """Returns gradients that it finds in a shorter way, by indexes of inputs, or ``None`` for one that it added."""
+        backward = type(function).backward
+        found: Dict[int, Any] = {}
+        add = _SHORTCUTS.get(backward)
+        if add is None:
+            return found
+        gy = grad_outputs[0].array
+        weight = self._params.get(function.inputs[1])
+        if 1 in indexes and weight is not None and add(self._sums, weight, function, in_data[0], gy):
+            found[1] = None
+        if backward is _LINEAR_BACKWARD:  # what is left takes no graph to compute, as Chainer makes one
+            if 0 in indexes:
+                (found[0],) = LinearGradData().forward((in_data[1], gy))
+            if 2 in indexes:
+                found[2] = gy.sum(axis=0)
+        return found

@@ -24,10 +24,14 @@ def assert_adds(total, a, b):
     numpy.testing.assert_allclose(total, expected, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=30)
-@given(st.sampled_from("efd"), st.integers(0, 40), st.integers(1, 300), st.integers(1, 400))
-def test_the_product_is_added_in_place(dtype, k, m, n):
-    assert_adds(*make_arrays(dtype, m, n, k))
+@settings(max_examples=60)
+@given(
+    *(st.sampled_from("efd"), st.integers(0, 40), st.integers(1, 300), st.integers(1, 400)),
+    *(st.sampled_from("CF"), st.sampled_from("CF")),
+)
+def test_the_product_is_added_in_place(dtype, k, m, n, order_of_a, order_of_b):
+    total, a, b = make_arrays(dtype, m, n, k)
+    assert_adds(total, a.copy(order=order_of_a), b.copy(order=order_of_b))
 
 
 @pytest.mark.parametrize(

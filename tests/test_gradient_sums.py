@@ -56,6 +56,7 @@ class Model(chainer.Chain):
 random = numpy.random.RandomState(0)
 vectors = random.standard_normal((6, 200)).astype("f")
 images = random.standard_normal((3, 1, 6, 6)).astype("f")
+pairs_of_images = numpy.tile(images, (1, 2, 1, 1))
 one = numpy.array(1.5, "f")
 
 
@@ -125,7 +126,27 @@ LOSSES = {
     "linear": lambda model: F.sum(model.linear(vectors) ** 2),
     "one parameter used three times": lambda model: F.sum(model.linear(model.linear(model.linear(vectors))) ** 2),
     "convolution": lambda model: F.sum(model.conv(images) ** 2),
+    "convolution in groups": lambda model: F.sum(
+        F.convolution_2d(numpy.tile(images, (1, 2, 1, 1)), model.conv.W, groups=2) ** 2
+    ),
+    "convolution of no images": lambda model: F.sum(model.conv(images[:0]) ** 2),
+    "filter of a convolution that is computed": lambda model: F.sum(F.convolution_2d(images, model.conv.W * 2) ** 2),
+    "filter of a convolution that is an image, too": lambda model: F.sum(
+        F.convolution_2d(model.conv.W, model.conv.W) ** 2
+    ),
+    "filter of a convolution that is used in another way first": lambda model: (
+        F.sum(F.convolution_2d(images, model.conv.W) ** 2) + F.sum(F.transpose(model.conv.W) ** 2)
+    ),
+    "deconvolution": lambda model: F.sum(F.deconvolution_2d(chainer.Variable(pairs_of_images), model.conv.W) ** 2),
+    "convolution of many dimensions": lambda model: F.sum(F.convolution_nd(images, model.conv.W) ** 2),
     "embedding": lambda model: F.sum(model.embed(numpy.array([0, 1, 1], "i")) ** 2),
+    "embedding that ignores a label": lambda model: F.sum(
+        F.embed_id(numpy.array([[0, -1], [4, 0]], "i"), model.embed.W, ignore_label=-1) ** 2
+    ),
+    "embedding that is computed": lambda model: F.sum(F.embed_id(numpy.array([3, 3], "i"), model.embed.W * 2) ** 2),
+    "embedding that is read in two ways": lambda model: F.sum(
+        F.linear(model.embed(numpy.array([0, 1, 1], "i")), model.embed.W) ** 2
+    ),
     "zero-dimensional parameter": lambda model: F.sum(vectors * F.broadcast_to(model.scale, vectors.shape)),
     "gradients that are one array": lambda model: F.sum((model.a + model.b) ** 2),
     "gradient that is read-only": lambda model: F.sum(model.a),
@@ -203,18 +224,29 @@ def test_a_backward_that_was_replaced_in_chainer_is_called(monkeypatch):
     assert calls == [(1, 2)] * 2
 
 
-@pytest.mark.parametrize("name", ["linear", "gradient that is broadcast into a matrix product"])
-def test_no_array_is_made_for_the_gradient_of_a_linear_weight(name):
-    made = []
+@pytest.mark.parametrize(
+    "name, node",
+    [
+        ("linear", "LinearGradWeight"),
+        ("gradient that is broadcast into a matrix product", "LinearGradWeight"),
+        ("convolution", "Convolution2DGradW"),
+        ("embedding", "EmbedIDGrad"),
+    ],
+)
+def test_no_array_is_made_for_the_gradient_of_a_weight(name, node):
+    def nodes(make):
+        made = []
 
-    class Spy(chainer.FunctionHook):
-        def forward_postprocess(self, function, in_data):
-            made.append(function.label)
+        class Spy(chainer.FunctionHook):
+            def forward_postprocess(self, function, in_data):
+                made.append(function.label)
 
-    with Spy():
-        sums_of(Model(), [LOSSES[name]] * 3)
-    assert made.count("LinearFunction") == 3
-    assert "LinearGradWeight" not in made
+        with Spy():
+            make(Model(), [LOSSES[name]] * 3)
+        return made
+
+    assert nodes(gradients_of).count(node) == 3
+    assert node not in nodes(sums_of)
 
 
 def test_a_gradient_is_never_written_to():
@@ -255,6 +287,22 @@ def test_a_graph_is_gone_without_the_garbage_collector(fails):
     assert "backward" not in vars(creator())
     del loss
     assert fails or creator() is None
+
+
+def test_sums_are_gone_without_the_garbage_collector():
+    model = Model()
+    loss = LOSSES["linear"](model)
+    sums = GradientSums(model)
+    gc.disable()
+    try:
+        with sums.adding():
+            loss.backward()
+        total = weakref.ref(sums.get(model.linear.W))
+        assert total() is not None
+        del sums
+        assert total() is None
+    finally:
+        gc.enable()
 
 
 def test_hooks_of_the_user_run_as_before():
