@@ -23,7 +23,7 @@ import mpi4py.MPI
 import numpy
 from chainer.iterators import SerialIterator
 from chainer.training.updaters import StandardUpdater
-from overhead import measure
+from pairs import measure
 from workloads import WORKLOADS, Workload, describe_machine
 
 K = 1, 4, 16

@@ -10,35 +10,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
-import tracemalloc
-from typing import Any, Type
 
 import chainer_accum
 import chainer
 from chainer.training.updaters import StandardUpdater
-from workloads import WORKLOADS, Workload, describe_machine
+from peaks import peak
+from workloads import WORKLOADS, describe_machine
 
 STEPS = (1, 4, 16, 64)
 PASSES = 2 * max(STEPS)  # in all, whatever k is: the peak of more passes may be higher by chance
-
-
-def peak(
-    workload: Workload, optimizer_class: Any, updater_class: Type[Any], batch_size: int, updates: int, **kwargs: Any
-) -> int:
-    """Returns the largest number of bytes that were allocated at a time."""
-    dataset = workload.make_dataset(max(STEPS) * workload.micro_batch_size)
-    gc.collect()
-    tracemalloc.start()
-    try:
-        optimizer = optimizer_class().setup(workload.make_model())
-        iterator = chainer.iterators.SerialIterator(dataset, batch_size, shuffle=False)
-        updater = updater_class(iterator, optimizer, **kwargs)
-        for _ in range(updates):
-            updater.update()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def main() -> None:
@@ -51,13 +31,11 @@ def main() -> None:
         size = workload.micro_batch_size
         for optimizer_class in (chainer.optimizers.SGD, chainer.optimizers.Adam):
             measure = functools.partial(peak, workload, optimizer_class)
-            measure(StandardUpdater, size, updates=1)  # imports and caches what the first update needs
-            floor = measure(StandardUpdater, size, updates=PASSES)
-            peaks = [
-                measure(chainer_accum.AccumulatingUpdater, size, updates=PASSES // k, accumulation_steps=k)
-                for k in STEPS
-            ]
-            peaks.append(measure(StandardUpdater, size * STEPS[-1], updates=PASSES // STEPS[-1]))
+            measure(StandardUpdater, size, size)  # imports and caches what the first update needs
+            examples = PASSES * size
+            floor = measure(StandardUpdater, size, examples)
+            peaks = [measure(chainer_accum.AccumulatingUpdater, size, examples, accumulation_steps=k) for k in STEPS]
+            peaks.append(measure(StandardUpdater, size * STEPS[-1], examples))
             ratios = " | ".join(f"{bytes_ / floor:.3f}" for bytes_ in peaks)
             print(
                 f"| {workload.name} | {size} | {optimizer_class.__name__} | {floor / 1e6:.1f} MB | {ratios} |",

@@ -11,8 +11,9 @@ import argparse
 import statistics
 from typing import Callable, Dict
 
-import chainer_accum
+import chainer_accum  # noqa: F401  (before chainer, which it makes importable)
 import chainer
+from floor import make_by_hand, make_floor, make_window, set_up
 from pairs import measure, ratios
 from workloads import WORKLOADS, Workload, describe_machine
 
@@ -21,40 +22,8 @@ FLOOR, WINDOW, BY_HAND = "floor", "AccumulatingUpdater", "by hand"
 
 def make_contestants(workload: Workload, k: int) -> Dict[str, Callable[[], None]]:
     """Returns what is timed: each with a model, an optimizer and an iterator of its own."""
-
-    def set_up():
-        optimizer = chainer.optimizers.SGD().setup(workload.make_model())
-        chainer.get_current_reporter().add_observer("main", optimizer.target)
-        dataset = workload.make_dataset(k * workload.micro_batch_size)
-        return optimizer, chainer.iterators.SerialIterator(dataset, workload.micro_batch_size, shuffle=False)
-
-    def make_floor():
-        optimizer, iterator = set_up()
-
-        def floor():
-            for _ in range(k):
-                loss = optimizer.target(*chainer.dataset.concat_examples(iterator.next()))
-                optimizer.target.cleargrads()
-                loss.backward()
-            optimizer.update()
-
-        return floor
-
-    def make_by_hand():
-        optimizer, iterator = set_up()
-
-        def by_hand():
-            optimizer.target.cleargrads()
-            for _ in range(k):
-                loss = optimizer.target(*chainer.dataset.concat_examples(iterator.next())) / k
-                loss.backward()
-            optimizer.update()
-
-        return by_hand
-
-    optimizer, iterator = set_up()
-    updater = chainer_accum.AccumulatingUpdater(iterator, optimizer, accumulation_steps=k)
-    return {FLOOR: make_floor(), WINDOW: updater.update, BY_HAND: make_by_hand()}
+    makers = {FLOOR: make_floor, WINDOW: make_window, BY_HAND: make_by_hand}
+    return {name: make(*set_up(workload, k), k) for name, make in makers.items()}
 
 
 def main() -> None:
