@@ -64,6 +64,7 @@ mpi-jobs: $(READY)
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/overhead.py >benchmarks/overhead.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/memory.py >benchmarks/memory.md
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/growth.py >benchmarks/growth.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/auto.py >benchmarks/auto.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/prefetch.py >benchmarks/prefetch.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/noise_scale.py >benchmarks/noise_scale.md

@@ -101,6 +101,22 @@ def test_the_figures_are_those_of_the_committed_results():
         assert whole == f"{float(memory_row[8]):.1f}"
 
 
+def test_the_figures_of_growing_work_are_those_of_the_committed_tables():
+    growth = (ROOT / "benchmarks/growth.md").read_text(encoding="utf-8")
+    quoted = table_below(README, "As work grows")
+    titles = re.findall(r"^## By (.*)$", growth, re.MULTILINE)
+    assert len(quoted) == len(titles) == 3
+    for (_, times, peaks), title in zip(quoted, titles):
+        rows = table_below(growth, f"## By {title}\n")
+        assert times == span(float(row[4].split()[0]) for row in rows)
+        assert peaks == span(float(row[5].split()[0]) / float(row[7].split()[0]) for row in rows)
+
+
+def span(ratios):
+    ratios = sorted(ratios)
+    return f"{ratios[0]:.2f}–{ratios[-1]:.2f}"
+
+
 def test_a_window_costs_no_more_than_was_promised():
     for row in table_below((ROOT / "benchmarks/overhead.md").read_text(encoding="utf-8"), "# "):
         assert float(row[3].split()[0]) <= 1.03
