@@ -81,16 +81,16 @@ class MicroBatches:
         self.expected_weight: Optional[float] = accumulation_steps * weight or None
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for step in range(self._accumulation_steps):
-            if step == len(self._parts):
+        for _ in range(self._accumulation_steps):
+            if not self._parts:
                 if self._flushes and self.is_new_epoch:
                     return
                 try:
                     self._read()
                 except StopIteration:
                     return
-            parts = list(self._parts[step]) if self.is_repeatable else self._parts[step]
-            while parts:  # what has been handed out is no longer held here, unless it may be asked for again
+            parts = self._parts.pop(0)
+            while parts:  # what has been handed out is no longer held here
                 yield parts.pop(0)
 
     def begin_again(self, micro_batch_size: Optional[int]) -> None:
