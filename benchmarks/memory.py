@@ -15,7 +15,7 @@ import chainer_accum
 import chainer
 from chainer.training.updaters import StandardUpdater
 from peaks import peak
-from workloads import WORKLOADS, describe_machine
+from workloads import LSTM, WORKLOADS, describe_machine
 
 STEPS = (1, 4, 16, 64)
 PASSES = 2 * max(STEPS)  # in all, whatever k is: the peak of more passes may be higher by chance
@@ -27,7 +27,7 @@ def main() -> None:
     ks = " | ".join(f"k = {k}" for k in STEPS)
     print(f"| network | micro-batch | optimizer | StandardUpdater | {ks} | whole batch, k = {STEPS[-1]} |")
     print("| --- " * (5 + len(STEPS)) + "|")
-    for workload in WORKLOADS:
+    for workload in [*WORKLOADS, LSTM]:
         size = workload.micro_batch_size
         for optimizer_class in (chainer.optimizers.SGD, chainer.optimizers.Adam):
             measure = functools.partial(peak, workload, optimizer_class)

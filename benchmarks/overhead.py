@@ -2,7 +2,11 @@
 
 The floor is k bare forward/backward passes, iterator and converter included, and one ``optimizer.update()``: the least
 that any accumulation does that makes each gradient and then drops it. Against it run, in turns, an update of
-AccumulatingUpdater, and accumulation as it is written by hand: ``loss / k``, and Chainer adds to ``param.grad``.
+AccumulatingUpdater, and accumulation as it is written by hand: ``loss / k``, and Chainer adds to ``param.grad``. The C
+library keeps what is freed, so that none of them waits for new memory that another one has given back.
+
+The last column is for those whose batch fits: an update of AccumulatingUpdater with a ``micro_batch_size`` of the whole
+batch, which is a window of one pass, over one of StandardUpdater.
 """
 
 from __future__ import annotations
@@ -11,13 +15,15 @@ import argparse
 import statistics
 from typing import Callable, Dict
 
-import chainer_accum  # noqa: F401  (before chainer, which it makes importable)
+import chainer_accum
 import chainer
+from chainer.training.updaters import StandardUpdater
 from floor import make_by_hand, make_floor, make_window, set_up
-from pairs import measure, ratios
-from workloads import WORKLOADS, Workload, describe_machine
+from pairs import keep_freed_memory, measure, ratios
+from workloads import LSTM, WORKLOADS, Workload, describe_machine
 
 FLOOR, WINDOW, BY_HAND = "floor", "AccumulatingUpdater", "by hand"
+STANDARD, ONE_PASS = "StandardUpdater", "one pass"
 
 
 def make_contestants(workload: Workload, k: int) -> Dict[str, Callable[[], None]]:
@@ -26,24 +32,49 @@ def make_contestants(workload: Workload, k: int) -> Dict[str, Callable[[], None]
     return {name: make(*set_up(workload, k), k) for name, make in makers.items()}
 
 
+def make_updaters(workload: Workload, updates: int) -> Dict[str, Callable[[], None]]:
+    """Returns what is timed with one pass per update: so many updates each."""
+
+    def repeat(update: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(updates):
+                update()
+
+        return run
+
+    optimizer, iterator = set_up(workload, updates)
+    standard = StandardUpdater(iterator, optimizer)
+    optimizer, iterator = set_up(workload, updates)
+    size = workload.micro_batch_size
+    one_pass = chainer_accum.AccumulatingUpdater(iterator, optimizer, micro_batch_size=size)
+    return {STANDARD: repeat(standard.update), ONE_PASS: repeat(one_pass.update)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40, help="how often each runs")
     parser.add_argument("--accumulation-steps", "-k", type=int, default=16)
     args = parser.parse_args()
     k = args.accumulation_steps
+    keep_freed_memory()
     print(f"# Time of a window over its floor\n\n{__doc__.split(chr(10), 2)[2].strip()}\n")
     print(f"Machine: {describe_machine()}.")
     print(f"k = {k}, SGD, median of {args.rounds} rounds, the ratios round by round, with quartiles.\n")
-    print("| network | micro-batch | floor | AccumulatingUpdater / floor | by hand / floor |")
-    print("| --- | --- | --- | --- | --- |")
-    for workload in WORKLOADS:
+    print(
+        "| network | micro-batch | floor | AccumulatingUpdater / floor | by hand / floor | one pass / StandardUpdater |"
+    )
+    print("| --- " * 6 + "|")
+    for workload in [*WORKLOADS, LSTM]:
         seconds = measure(make_contestants(workload, k), args.rounds)
-        cells = []
-        for name in (WINDOW, BY_HAND):
-            cells.append(ratios(seconds[name], seconds[FLOOR]))
-        floor = statistics.median(seconds[FLOOR]) * 1e3
-        print(f"| {workload.name} | {workload.micro_batch_size} | {floor:.1f} ms | {' | '.join(cells)} |", flush=True)
+        of_one_pass = measure(make_updaters(workload, k), args.rounds)
+        cells = [
+            workload.name,
+            f"{workload.micro_batch_size}",
+            f"{statistics.median(seconds[FLOOR]) * 1e3:.1f} ms",
+            *(ratios(seconds[name], seconds[FLOOR]) for name in (WINDOW, BY_HAND)),
+            ratios(of_one_pass[ONE_PASS], of_one_pass[STANDARD]),
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
     print(f"\nMade by `make bench`: `python benchmarks/overhead.py --rounds {args.rounds} -k {k}`.")
 
 

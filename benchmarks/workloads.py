@@ -64,6 +64,25 @@ WORKLOADS = [
 ]
 
 
+class Unrolled(chainer.Chain):
+    """An LSTM that reads a sequence step by step and returns its last output."""
+
+    def __init__(self, in_size: int, units: int) -> None:
+        super().__init__()
+        with self.init_scope():
+            self.lstm = L.StatelessLSTM(in_size, units)
+
+    def forward(self, x: numpy.ndarray) -> chainer.Variable:
+        c = h = None
+        for step in range(x.shape[1]):
+            c, h = self.lstm(c, h, x[:, step])
+        return h
+
+
+# Whose weights are used in each of its steps.
+LSTM = Workload("LSTM of 256 units, 20 steps", lambda: [Unrolled(64, 256), L.Linear(256, 10)], (20, 64), 16)
+
+
 def describe_machine() -> str:
     """Returns one line about the machine and the packages."""
     cpu = platform.machine()
