@@ -179,6 +179,19 @@ def test_the_accumulation_steps_grow_up_to_a_limit_and_never_shrink(tmp_path):
     assert trainer.updater.accumulation_steps == 50
 
 
+def test_the_accumulation_steps_double_at_most_for_the_first_estimates_are_noisy(tmp_path):
+    extension = GradientNoiseScale(1, 0.9, 64)
+    trainer, _, _ = train(1, steps=2, out=tmp_path)
+    trainer.updater.gradient_norms = norms = GradientNorms()
+    norms.weights, norms.micro_batches, norms.window = [1.0, 1.0], [1000.0, 1000.0], 501.0  # a noise scale of 499
+    steps = []
+    for _ in range(6):
+        with chainer.Reporter().scope({}):
+            extension(trainer)
+        steps.append(trainer.updater.accumulation_steps)
+    assert steps == [4, 8, 16, 32, 64, 64]
+
+
 def test_a_resumed_run_goes_on_with_the_estimate_and_the_steps(tmp_path):
     trainer, extension, _ = train(30, steps=2, adapt_up_to=64, smoothing=0.9, out=tmp_path)
     save_npz(str(tmp_path / "trainer.npz"), extension)

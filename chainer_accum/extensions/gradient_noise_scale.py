@@ -45,8 +45,8 @@ class GradientNoiseScale(extension.Extension):
         interval (int): Each so many updates, gradients are looked at. In between, there is no cost.
         smoothing (float): What an exponential mean keeps of its last value, from 0 to less than 1.
         adapt_up_to (int): If it is given, :attr:`~chainer_accum.AccumulatingUpdater.accumulation_steps` is set to what
-            is suggested as long as that is more than it is, up to this number. It should be 2 or more from the start:
-            from a single micro-batch, nothing can be estimated.
+            is suggested as long as that is more than it is, up to this number, and to twice as many at a time. It
+            should be 2 or more from the start: from a single micro-batch, nothing can be estimated.
 
     Attributes:
         noise_scale (float): The present estimate, or ``None``.
@@ -121,8 +121,11 @@ class GradientNoiseScale(extension.Extension):
             return
         steps = max(1, round(noise_scale / weight_of_step))
         chainer.report({"noise_scale": noise_scale, "suggested_accumulation_steps": steps})
-        if self._most_steps is not None and min(steps, self._most_steps) > updater.accumulation_steps:
-            self._steps = updater.accumulation_steps = min(steps, self._most_steps)
+        if self._most_steps is not None:
+            # At most twice as many, for the first estimates are of few micro-batches and may be far off.
+            steps = min(steps, self._most_steps, 2 * updater.accumulation_steps)
+            if steps > updater.accumulation_steps:
+                self._steps = updater.accumulation_steps = steps
 
 
 def estimate(norms: GradientNorms) -> Tuple[float, float]:
