@@ -22,7 +22,7 @@ import chainer_accum  # noqa: F401  (before chainer, which it makes importable)
 import chainer
 import numpy
 import peers_in_chainer
-from pairs import measure, ratios
+from pairs import keep_freed_memory, measure, ratios
 from peers_in_chainer import Contestant, Job, parameters_of
 from workloads import WORKLOADS, describe_machine
 
@@ -105,9 +105,10 @@ def print_times(rounds_by_workload: Sequence[int]) -> Dict[str, List[float]]:
 ## Time of a window over its framework's floor
 
 The floor is k = {K} bare forward/backward passes and one update, loading included, in the same framework. All take
-turns in one process; medians of the ratios round by round, with quartiles. Chainer's models report their loss, and
-updaters are called as by a Trainer with a LogReport.
+turns in one process, in which the C library keeps what is freed; medians of the ratios round by round, with quartiles.
+Chainer's models report their loss, and updaters are called as by a Trainer with a LogReport.
 """)
+    keep_freed_memory()
     columns = [time_workload(workload, rounds) for workload, rounds in zip(WORKLOADS, rounds_by_workload)]
     heads = (f"{w.name}, micro-batch {w.micro_batch_size}, {n} rounds" for w, n in zip(WORKLOADS, rounds_by_workload))
     print(f"| | {' | '.join(heads)} |\n|{' --- |' * (len(WORKLOADS) + 1)}")
