@@ -63,6 +63,7 @@ mpi-jobs: $(READY)
 # One thread, so that what is compared does not depend on what else the machine does.
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/overhead.py >benchmarks/overhead.md
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/weight_gradients.py >benchmarks/weight_gradients.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/memory.py >benchmarks/memory.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/growth.py >benchmarks/growth.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/auto.py >benchmarks/auto.md
