@@ -218,7 +218,7 @@ class _AddWhereBorn(chainer.FunctionHook):
             found.update(zip(range(len(inputs)) if len(grads) == len(inputs) else indexes, grads))
         kept: List[Optional[chainer.Variable]] = [None] * len(inputs)
         for index, grad in found.items():
-            if grad is None or not inputs[index].requires_grad:
+            if grad is None:
                 continue
             param = self._params.get(inputs[index])
             if param is None:
@@ -242,7 +242,7 @@ class _AddWhereBorn(chainer.FunctionHook):
             return found
         gy = grad_outputs[0].array
         weight = self._params.get(function.inputs[1])
-        if 1 in indexes and weight is not None and add(self._sums, weight, function, in_data[0], gy):
+        if weight is not None and add(self._sums, weight, function, in_data[0], gy):
             found[1] = None
         if backward is _LINEAR_BACKWARD:  # what is left takes no graph to compute, as Chainer makes one
             if 0 in indexes:
