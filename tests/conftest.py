@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
-from typing import Any, Dict, Iterator, List, NamedTuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 import chainer_accum  # noqa: F401  (before chainer, which it makes importable)
 import chainer
@@ -12,6 +12,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy
 import pytest
+from chainer.backends import cuda
 from chainer.iterators import SerialIterator
 from hypothesis import settings
 
@@ -22,11 +23,44 @@ settings.load_profile("chainer_accum")
 BOOKKEEPING = ("iteration", "epoch", "is_new_epoch", "epoch_detail", "previous_epoch_detail")
 
 
+# The device to train on, or None to leave everything where it is. It is the option --device.
+DEVICE: Optional[str] = None
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption(
+        "--device", help="device on which to train, as in --device=@cupy:0; make test-gpu has the tests for that"
+    )
+
+
+def pytest_configure(config: Any) -> None:
+    global DEVICE
+    DEVICE = config.getoption("--device")
+    if DEVICE is not None and DEVICE.startswith("@cupy") and not has_gpu():
+        pytest.exit(f"nothing was tested: --device={DEVICE} needs CuPy and a GPU", returncode=0)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> Iterator[None]:
-    """Seeds NumPy, from which Chainer draws initial parameters, dropout masks and the order of examples."""
-    numpy.random.seed(0)
+    seed(0)
     yield
+
+
+def seed(number: int) -> None:
+    """Seeds the generators from which Chainer draws initial parameters, dropout masks and the order of examples."""
+    numpy.random.seed(number)
+    if DEVICE is not None and DEVICE.startswith("@cupy"):
+        cuda.cupy.random.seed(number)
+
+
+def has_gpu() -> bool:
+    """Returns whether CuPy is installed and finds a device. CuPy can be imported without any."""
+    if not cuda.available:
+        return False
+    try:
+        return bool(cuda.cupy.cuda.runtime.getDeviceCount() > 0)
+    except cuda.cupy.cuda.runtime.CUDARuntimeError:  # there is no driver, or no device
+        return False
 
 
 def make_dataset(size: int = 50, n_in: int = 5, n_out: int = 3, seed: int = 1) -> List[Any]:
@@ -54,7 +88,29 @@ class Step(NamedTuple):
 def make_updater(updater_class: Any, iterator: Any, optimizer: Any, model: Any = None, **kwargs: Any) -> Any:
     """Returns an updater that trains ``model``, or the default one, with ``optimizer``."""
     optimizer.setup(make_model() if model is None else model)
-    return updater_class(iterator, optimizer, **kwargs)
+    return updater_class(iterator, optimizer, **{"device": DEVICE, **kwargs})
+
+
+def to_host(value: Any) -> Any:
+    """Returns an array, or the array of a Variable, in host memory, and anything else as it is."""
+    array = chainer.as_array(value)
+    return array.get() if isinstance(array, cuda.ndarray) else array
+
+
+def to_device(examples: Any) -> Any:
+    """Returns the arrays of examples, on the device to train on."""
+    return chainer.dataset.concat_examples(examples, DEVICE)
+
+
+def on_device(link: Any) -> Any:
+    """Returns the link, sent to the device to train on."""
+    return link if DEVICE is None else link.to_device(DEVICE)
+
+
+def slack(tolerance: float) -> float:
+    """Returns how large a difference may be that rounding makes."""
+    # A GPU adds up in an order that depends on the size of the batch. But where all is the same, the result is.
+    return tolerance if DEVICE is None else 10 * tolerance
 
 
 def run(updater: Any, updates: int) -> List[Step]:
@@ -77,18 +133,22 @@ def run(updater: Any, updates: int) -> List[Step]:
 
 def assert_same_parameters(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
     """Asserts that two models have the same parameters and persistent values."""
+    tolerance = slack(tolerance)
     expected_parameters = dict(expected.namedparams())
     for name, param in actual.namedparams():
         expected_array = expected_parameters.pop(name).array
         if expected_array is None:
             assert param.array is None, name
         else:
-            numpy.testing.assert_allclose(param.array, expected_array, rtol=tolerance, atol=tolerance, err_msg=name)
+            numpy.testing.assert_allclose(
+                to_host(param), to_host(expected_array), rtol=tolerance, atol=tolerance, err_msg=name
+            )
     assert not expected_parameters
 
 
 def assert_same_optimizer_state(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
     """Asserts that the update rules of two optimizers have the same state, and the optimizers the same counters."""
+    tolerance = slack(tolerance)
     assert (actual.t, actual.epoch) == (expected.t, expected.epoch)
     expected_params = dict(expected.target.namedparams())
     for name, param in actual.target.namedparams():
@@ -100,20 +160,25 @@ def assert_same_optimizer_state(actual: Any, expected: Any, tolerance: float = 1
         assert (rule.state or {}).keys() == (expected_rule.state or {}).keys()
         for key, value in (rule.state or {}).items():
             numpy.testing.assert_allclose(
-                value, expected_rule.state[key], rtol=tolerance, atol=tolerance, err_msg=f"{name}/{key}"
+                to_host(value),
+                to_host(expected_rule.state[key]),
+                rtol=tolerance,
+                atol=tolerance,
+                err_msg=f"{name}/{key}",
             )
 
 
 def assert_same_steps(actual: List[Step], expected: List[Step], tolerance: float = 1e-5) -> None:
     """Asserts that two runs had the same bookkeeping and observations."""
+    tolerance = slack(tolerance)
     assert [step.bookkeeping for step in actual] == [step.bookkeeping for step in expected]
     for step, expected_step in zip(actual, expected):
         assert step.observation.keys() == expected_step.observation.keys()
         for key, value in step.observation.items():
             assert type(value) is type(expected_step.observation[key]), key
             numpy.testing.assert_allclose(
-                chainer.as_array(value),
-                chainer.as_array(expected_step.observation[key]),
+                to_host(value),
+                to_host(expected_step.observation[key]),
                 rtol=tolerance,
                 atol=tolerance,
                 err_msg=key,

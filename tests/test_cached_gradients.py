@@ -20,14 +20,18 @@ from chainer.training.updaters import StandardUpdater
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import conftest
 from conftest import (
     assert_same_optimizer_state,
     assert_same_parameters,
     assert_same_steps,
     make_dataset,
     make_updater,
+    on_device,
     run,
+    seed,
     serial,
+    to_host,
 )
 
 BATCH = 24
@@ -52,6 +56,8 @@ def make_lazy_mlp():
 
 
 def make_dropout():
+    if conftest.DEVICE is not None:
+        pytest.skip("a GPU does not draw for a batch what it draws for its parts")
     return chainer.Sequential(
         L.Linear(5, 8, initialW=initial(0)), F.tanh, F.dropout, L.Linear(8, 4, initialW=initial(1))
     )
@@ -89,21 +95,21 @@ class Model(chainer.Chain):
 
     def n_pair(self, z, t):
         """Pairs each example with the one that follows it, and compares it with all."""
-        return self.pairs(z, z[numpy.roll(numpy.arange(len(t)), -1)])
+        return self.pairs(z, z[self.xp.roll(self.xp.arange(len(t)), -1)])
 
     def triplet(self, z, t):
         """Compares each example with the farthest one of its label and the nearest one of another."""
         z = F.normalize(z)
         distances = ((z.array[:, None] - z.array) ** 2).sum(axis=2)
         is_same = t[:, None] == t
-        positive = numpy.where(is_same, distances, -numpy.inf).argmax(axis=1)
-        negative = numpy.where(is_same, numpy.inf, distances).argmin(axis=1)
+        positive = self.xp.where(is_same, distances, -numpy.inf).argmax(axis=1)
+        negative = self.xp.where(is_same, numpy.inf, distances).argmin(axis=1)
         return self.report(F.triplet(z, z[positive], z[negative], margin=0.5))
 
     def nt_xent(self, z, t):
         """Compares each example with all others; those of its label are to be nearest."""
         similarities = F.exp(F.matmul(*[F.normalize(z)] * 2, transb=True) * F.exp(self.log_scale))
-        others = numpy.float32(1) - numpy.eye(len(t), dtype=numpy.float32)
+        others = numpy.float32(1) - self.xp.eye(len(t), dtype=numpy.float32)
         same = others * (t[:, None] == t)
         share = (F.sum(similarities * same, axis=1) + 1e-3) / (F.sum(similarities * others, axis=1) + 1e-3)
         return self.report(-F.mean(F.log(share)))
@@ -111,7 +117,7 @@ class Model(chainer.Chain):
     def pairs(self, first, second):
         """Each row of the one is to find its partner among all rows of the other."""
         similarities = F.matmul(first, second, transb=True) * F.exp(self.log_scale)
-        return self.report(F.softmax_cross_entropy(similarities, numpy.arange(len(first), dtype=numpy.int32)))
+        return self.report(F.softmax_cross_entropy(similarities, self.xp.arange(len(first), dtype=numpy.int32)))
 
     def report(self, loss):
         chainer.report({"loss": loss}, self)
@@ -152,7 +158,7 @@ def compare(
     batch_size, accumulation = WAYS[way] if isinstance(way, str) else way
     updaters, steps, drawn = [], [], []
     for updater_class, size in ((StandardUpdater, BATCH), (CachedGradientUpdater, batch_size)):
-        numpy.random.seed(0)
+        seed(0)
         model = make_model()
         encoder = getattr(model, encode)
         if updater_class is StandardUpdater:
@@ -175,7 +181,9 @@ def compare(
 
 def persistent_values(model):
     return {
-        (name, key): numpy.copy(getattr(link, key)) for name, link in model.namedlinks() for key in link._persistent
+        (name, key): numpy.copy(to_host(getattr(link, key)))
+        for name, link in model.namedlinks()
+        for key in link._persistent
     }
 
 
@@ -205,7 +213,7 @@ def test_the_gradient_is_that_of_the_whole_batch_and_plain_accumulation_has_anot
             kwargs["micro_batch_size"] = 6
         updater_class = CachedGradientUpdater if name == "cached" else chainer_accum.AccumulatingUpdater
         make_updater(updater_class, serial(make_dataset(), BATCH), optimizers.SGD(), model, **kwargs).update()
-        grads[name] = numpy.concatenate([param.grad.ravel() for _, param in sorted(model.namedparams())])
+        grads[name] = numpy.concatenate([to_host(param.grad).ravel() for _, param in sorted(model.namedparams())])
     numpy.testing.assert_allclose(grads["cached"], grads["whole"], rtol=1e-6, atol=1e-6)
     assert abs(grads["plain"] - grads["whole"]).max() > 0.05 * abs(grads["whole"]).max()
 
@@ -223,7 +231,7 @@ def test_the_gradient_is_that_of_the_whole_batch_and_plain_accumulation_has_anot
 def test_any_sizes(size, batch_size, accumulation_steps, micro_batch_size, repeat, shuffle, make_body):
     results = []
     for updater_class in (StandardUpdater, CachedGradientUpdater):
-        numpy.random.seed(0)
+        seed(0)
         model = Model(make_body)
         kwargs, batch = {"loss_func": functools.partial(whole_loss, model.encode, model.loss)}, batch_size
         if updater_class is StandardUpdater:
@@ -310,7 +318,7 @@ def test_loss_scaling_saves_gradients_in_half_precision_from_vanishing():
             micro_batch_size=5,
         )
         updater.update()
-        grads.append(model.body.W.grad.astype(numpy.float32) / (loss_scale or 1))
+        grads.append(to_host(model.body.W.grad).astype(numpy.float32) / (loss_scale or 1))
     assert model.body.W.grad.dtype == numpy.float16
     lossy, exact = grads
     assert (exact == 0).sum() == 0 and abs(lossy - exact).max() > 0.01 * abs(exact).max()
@@ -355,7 +363,7 @@ def test_the_target_of_the_optimizer_is_the_encoder_by_default():
         run(updater, 3)
         results.append(model)
     assert_same_parameters(*results, 0)
-    assert (results[0][0].W.array != make_mlp()[0].W.array).any()
+    assert (to_host(results[0][0].W) != make_mlp()[0].W.array).any()
 
 
 def make_batch_normalization():
@@ -389,7 +397,7 @@ def test_persistent_values_move_and_stay_in_their_arrays():
     updater.update()
     for key, array in arrays.items():
         assert getattr(model.body[1], key) is array
-        assert (array != before["/body/1", key]).all()
+        assert (to_host(array) != before["/body/1", key]).all()
 
 
 def test_persistent_values_of_the_loss_move_once():
@@ -416,8 +424,9 @@ def test_the_loss_function_may_draw_random_numbers():
 
 def test_a_converter_that_draws_random_numbers_draws_the_same_again():
     def convert(batch, device):
-        x, t = chainer.dataset.concat_examples(batch, device)
-        return x + numpy.random.rand(len(x), 1).astype(numpy.float32), t
+        x, t = chainer.dataset.concat_examples(batch)
+        x += numpy.random.rand(len(x), 1)
+        return chainer.dataset.to_device(device, x), chainer.dataset.to_device(device, t)
 
     compare("split", converter=convert)
 
@@ -448,7 +457,7 @@ class Watched(Model):
         return z, t
 
     def nt_xent(self, z, t):
-        assert isinstance(z, chainer.Variable) and isinstance(t, numpy.ndarray)
+        assert isinstance(z, chainer.Variable) and isinstance(t, chainer.get_array_types())
         self.calls.append(("loss", len(z), len(t)))
         return super().nt_xent(z, t)
 
@@ -526,6 +535,8 @@ def peak(updater_class, batch_size, **kwargs):
 
 
 def test_the_memory_is_that_of_a_micro_batch_and_the_representations():
+    if conftest.DEVICE is not None:
+        pytest.skip("what is measured is host memory")
     (small, _), (large, representations) = (
         peak(CachedGradientUpdater, size, micro_batch_size=64) for size in (128, 2048)
     )
@@ -608,7 +619,7 @@ def test_an_exception_leaves_everything_as_it_was_and_the_next_update_is_right(s
 
 def own_noise(model):
     generator = numpy.random.RandomState(0)
-    return lambda x, t: model(x + generator.standard_normal(x.shape).astype(numpy.float32))
+    return lambda x, t: model(x + model.xp.asarray(generator.standard_normal(x.shape), numpy.float32))
 
 
 def counting(model):
@@ -622,7 +633,7 @@ def other_shape(model):
 
 
 def stateful(model):
-    lstm = L.LSTM(5, 5)
+    lstm = on_device(L.LSTM(5, 5))
     return lambda x, t: model(lstm(x))
 
 

@@ -31,6 +31,7 @@ from conftest import (
     make_updater,
     run,
     serial,
+    to_host,
 )
 
 EFFECTIVE_BATCH = 12
@@ -243,7 +244,7 @@ def test_the_end_of_the_data_flushes_a_window_and_stops_where_there_is_none(
         assert_same_run(actual, expected, 1)
         calls.append(iterator.calls - before)
     assert calls == expected_calls
-    parameters = [param.array.copy() for param in actual.get_optimizer("main").target.params()]
+    parameters = [to_host(param).copy() for param in actual.get_optimizer("main").target.params()]
     before = iterator.calls
     for updater in (actual, expected):
         with pytest.raises(StopIteration):
@@ -252,7 +253,7 @@ def test_the_end_of_the_data_flushes_a_window_and_stops_where_there_is_none(
     assert actual.iteration == expected.iteration == actual.get_optimizer("main").t == len(expected_calls)
     assert actual.get_optimizer("main").epoch == 1
     for param, array in zip(actual.get_optimizer("main").target.params(), parameters):
-        numpy.testing.assert_array_equal(param.array, array)
+        numpy.testing.assert_array_equal(to_host(param), array)
 
 
 def test_the_end_of_the_data_cuts_the_last_batch_that_is_split() -> None:

@@ -13,7 +13,8 @@ from chainer import optimizers
 from chainer.training.updaters import StandardUpdater
 from chainer_accum.updater import AccumulatingUpdater
 
-from conftest import assert_same_parameters, make_dataset, make_model, make_updater, run, serial
+import conftest
+from conftest import assert_same_parameters, make_dataset, make_model, make_updater, run, serial, to_host
 
 
 def losses_of_whole_batches(updates, batch_size=24, size=50, **kwargs):
@@ -24,14 +25,14 @@ def losses_of_whole_batches(updates, batch_size=24, size=50, **kwargs):
 
 def test_the_model_is_trained_as_with_the_large_batch():
     model = make_model()
-    history = train_model(model, optimizers.SGD(0.1), serial(make_dataset(), 6), None, 4, 3)
+    history = train_model(model, optimizers.SGD(0.1), serial(make_dataset(), 6), None, 4, 3, conftest.DEVICE)
     expected, steps = losses_of_whole_batches(7)  # the seventh batch of 24 ends the third epoch of 50
     assert_same_parameters(model, expected)
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
     ends = [number for number, step in enumerate(steps, 1) if step.bookkeeping["is_new_epoch"]]
     for entry, start, end in zip(history, [0, *ends], ends):
         for key in ("main/loss", "main/accuracy"):
-            mean = numpy.mean([step.observation[key].array for step in steps[start:end]])
+            mean = numpy.mean([to_host(step.observation[key]) for step in steps[start:end]])
             numpy.testing.assert_allclose(entry[key], mean, rtol=1e-5)
         numpy.testing.assert_allclose(entry["loss"], entry["main/loss"], rtol=1e-6)
         assert {type(value) for key, value in entry.items() if key != "epoch"} == {float}

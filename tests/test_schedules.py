@@ -15,7 +15,15 @@ from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
 from chainer_accum.extensions import Accumulate
 
-from conftest import assert_same_optimizer_state, assert_same_parameters, make_dataset, make_updater, run, serial
+from conftest import (
+    assert_same_optimizer_state,
+    assert_same_parameters,
+    make_dataset,
+    make_updater,
+    run,
+    serial,
+    to_device,
+)
 
 SCHEDULE = {0: 1, 1: 3, 3: 2}
 
@@ -48,7 +56,7 @@ def test_a_schedule_changes_k_with_the_first_window_of_an_epoch(schedule):
 def test_each_window_is_the_step_of_the_whole_batch_whatever_its_k():
     updater = make({0: 1, 1: 3})
     whole = optimizers.MomentumSGD(0.1).setup(updater.get_optimizer("main").target.copy(mode="copy"))
-    x, t = chainer.dataset.concat_examples(make_dataset(48) * 3)
+    x, t = to_device(make_dataset(48) * 3)
     start = 0
     for _, size in steps_of(updater, 13):
         whole.update(whole.target, x[start : start + size], t[start : start + size])

@@ -25,8 +25,12 @@ from conftest import (
     make_dataset,
     make_model,
     make_updater,
+    on_device,
     run,
+    seed,
     serial,
+    to_device,
+    to_host,
 )
 
 BATCH = 24
@@ -57,7 +61,7 @@ def compare(
         (StandardUpdater, BATCH, {}),
         (AccumulatingUpdater, batch_size, {**accumulation, **(options or {})}),
     ):
-        numpy.random.seed(0)
+        seed(0)
         updater = make_updater(updater_class, serial(dataset, size), make_optimizer(), model(), **kwargs, **common)
         prepare(updater.get_optimizer("main"))
         updaters.append(updater)
@@ -172,7 +176,7 @@ def test_an_overflow_in_one_micro_batch_skips_the_update(way):
 
     def prepare(optimizer):
         optimizer.loss_scaling()
-        optimizer.update(optimizer.target, *chainer.dataset.concat_examples(dataset[:2]))
+        optimizer.update(optimizer.target, *to_device(dataset[:2]))
         optimizer._loss_scale = 1024.0
 
     with pytest.warns(UserWarning, match="Non finite number found"), numpy.errstate(all="ignore"):
@@ -185,7 +189,7 @@ def test_an_overflow_in_one_micro_batch_skips_the_update(way):
 @each_way
 def test_frozen_and_disabled_parameters(way):
     def prepare(optimizer):
-        optimizer.target(*chainer.dataset.concat_examples(make_dataset(2)))
+        optimizer.target(*to_device(make_dataset(2)))
         optimizer.target.predictor[0].disable_update()
         optimizer.target.predictor[2].b.update_rule = None
         optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(0.1))
@@ -218,7 +222,7 @@ class Born(chainer.Chain):
     def forward(self, x, t):
         if not hasattr(self, "late"):
             with self.init_scope():
-                self.late = chainer.Parameter(numpy.full(5, 0.5, "f"))
+                self.late = chainer.Parameter(self.xp.full(5, 0.5, "f"))
         return self.classifier(x * F.broadcast_to(self.late, x.shape), t)
 
 
@@ -333,7 +337,7 @@ class Tagger(chainer.Chain):
 
     def forward(self, words, tags):
         _, _, hidden = self.lstm(None, None, [self.embed(sequence) for sequence in words])
-        loss = F.softmax_cross_entropy(self.last(F.concat(hidden, axis=0)), numpy.concatenate(tags))
+        loss = F.softmax_cross_entropy(self.last(F.concat(hidden, axis=0)), self.xp.concatenate(tags))
         chainer.report({"loss": loss, "tokens": sum(len(sequence) for sequence in words)}, self)
         return loss
 
@@ -346,8 +350,8 @@ def make_sequences():
 
 @chainer.dataset.converter()
 def convert_sequences(batch, device):
-    assert device is None
-    return {"words": [words for words, _ in batch], "tags": [tags for _, tags in batch]}
+    words, tags = ([chainer.dataset.to_device(device, each) for each in column] for column in zip(*batch))
+    return {"words": words, "tags": tags}
 
 
 @each_way
@@ -513,7 +517,7 @@ class Generator(chainer.Chain):
 def test_a_generator_trained_through_a_discriminator_of_another_optimizer(way):
     """The loss reaches links that are not the target: their parameters must stay as they are."""
     numpy.random.seed(1)
-    discriminator = L.Linear(5, 1)
+    discriminator = on_device(L.Linear(5, 1))
     weights = discriminator.W.array.copy()
     discriminator.cleargrads()
     generators = [Generator(), Generator()]
@@ -529,4 +533,4 @@ def test_a_generator_trained_through_a_discriminator_of_another_optimizer(way):
         return F.mean(F.softplus(-discriminator(generator(x))))
 
     compare(way, model=next_model, loss_func=loss_func)
-    numpy.testing.assert_array_equal(discriminator.W.array, weights)
+    numpy.testing.assert_array_equal(to_host(discriminator.W), to_host(weights))
