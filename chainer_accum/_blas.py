@@ -1,19 +1,22 @@
 """A matrix product that is added to a sum while it is computed.
 
-NumPy can compute ``a.T @ b`` and add it, but only one after the other: the product is written to new memory, read again
-and added. The BLAS underneath can do both at once, but NumPy does not pass that on, and SciPy, which does, brings
-another BLAS with threads of its own that compete with NumPy's. So this module calls the very library that NumPy calls:
-the OpenBLAS inside NumPy's wheels. Where NumPy has another one, the product is computed and then added.
+On a GPU, CuPy has a function for that. On the host, NumPy can compute ``a.T @ b`` and add it, but only one after the
+other: the product is written to new memory, read again and added. The BLAS underneath can do both at once, but NumPy
+does not pass that on, and SciPy, which does, brings another BLAS with threads of its own that compete with NumPy's. So
+this module calls the very library that NumPy calls: the OpenBLAS inside NumPy's wheels. Where NumPy has another one,
+the product is computed and then added.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import pathlib
 from typing import Any, Callable, Optional, Tuple
 
 import numpy
+from chainer.backends import cuda
 
 _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
 
@@ -30,12 +33,22 @@ def add_matrix_product(total: Any, a: Any, b: Any) -> None:
         b (:ref:`ndarray`): Array of shape ``(k, n)``.
 
     """
-    is_large = isinstance(total, numpy.ndarray) and total.size >= _SMALLEST_SUM and len(a) > 0
-    is_plain = total.flags.c_contiguous and total.dtype == a.dtype == b.dtype
-    gemm = _gemm(total.dtype.char) if is_large and is_plain else None
-    if gemm is None:
-        total += a.T.dot(b)
-        return
+    # What both libraries ask for. The sum of float16 gradients is float32, and goes the other way.
+    is_plain = total.flags.c_contiguous and total.dtype == a.dtype == b.dtype and total.dtype.char in "fd"
+    if is_plain and total.size > 0 and len(a) > 0:
+        if isinstance(total, cuda.ndarray):
+            # It takes matrices in either order. The current device is that of the backward pass.
+            importlib.import_module("cupy.cublas").gemm("T", "N", a, b, out=total, alpha=1.0, beta=1.0)
+            return
+        if isinstance(total, numpy.ndarray) and total.size >= _SMALLEST_SUM:
+            gemm = _gemm(total.dtype.char)
+            if gemm is not None:
+                _add_on_host(gemm, total, a, b)
+                return
+    total += a.T.dot(b)
+
+
+def _add_on_host(gemm: Callable[..., None], total: Any, a: Any, b: Any) -> None:
     (k, m), n = a.shape, b.shape[1]
     # A transposed array is as good as one that is not: the library can read either in either way.
     a, a_is_transposed = _contiguous(a)
