@@ -31,9 +31,10 @@ def synchronize(device: Any) -> None:
         device.device.synchronize()
 
 
-def free_memory() -> None:
-    """Gives back what is held by objects that nothing refers to any more, and by CuPy for later use."""
+def free_memory(device: Any = None) -> None:
+    """Gives back what is held by objects that nothing refers to any more, and by CuPy for later use on a device."""
     gc.collect()
-    if cuda.available:
-        cuda.memory_pool.free_all_blocks()
+    if isinstance(device, cuda.GpuDevice):  # not wherever there is CuPy: it may be installed without a device
+        with chainer.using_device(device):
+            cuda.memory_pool.free_all_blocks()
         cuda.pinned_memory_pool.free_all_blocks()

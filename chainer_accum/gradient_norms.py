@@ -34,18 +34,19 @@ class GradientNorms:
     def add(self, grads: Iterable[Any], scale: float, weight: float) -> None:
         """Adds a micro-batch, of whose gradient ``grads`` are the parts, times ``scale``."""
         self.weights.append(weight)
-        self.micro_batches.append(_squared_norm(grads) / scale**2)
+        self.micro_batches.append(_squared_norm(grads, scale))
 
     def set_window(self, grads: Iterable[Any], scale: float) -> None:
         """Sets the gradient of the window, of which ``grads`` are the parts, times ``scale``."""
-        self.window = _squared_norm(grads) / scale**2
+        self.window = _squared_norm(grads, scale)
 
 
-def _squared_norm(arrays: Iterable[Any]) -> Any:
-    """Returns the sum of the squares of all values."""
+def _squared_norm(arrays: Iterable[Any], scale: float) -> Any:
+    """Returns the sum of the squares of all values, each divided by ``scale``."""
     total: Any = 0.0
     for array in arrays:
         with device_of(array):
             flat = array.ravel().astype(numpy.promote_types(array.dtype, numpy.float32), copy=False)
             total = total + chainer.backend.get_array_module(flat).vdot(flat, flat)
-    return total
+    with device_of(total):
+        return total / scale**2

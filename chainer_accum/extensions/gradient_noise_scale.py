@@ -10,6 +10,7 @@ import chainer
 from chainer.training import extension
 
 from chainer_accum._arguments import check_int, check_real
+from chainer_accum._devices import device_of
 from chainer_accum.cached_gradients import CachedGradientUpdater
 from chainer_accum.gradient_norms import GradientNorms
 from chainer_accum.updater import AccumulatingUpdater
@@ -136,7 +137,8 @@ def estimate(norms: GradientNorms) -> Tuple[float, float]:
 
     """
     n = len(norms.weights)
-    mean_norm = float(sum(norms.micro_batches)) / n
+    with device_of(norms.window):
+        mean_norm = float(sum(norms.micro_batches)) / n
     window_norm = float(norms.window)
     total = sum(norms.weights)
     noise = (mean_norm - window_norm) / (sum(1 / weight for weight in norms.weights) / n - 1 / total)
