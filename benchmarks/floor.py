@@ -13,20 +13,22 @@ import chainer
 from workloads import Workload
 
 
-def set_up(workload: Workload, k: int) -> Tuple[Any, Any]:
+def set_up(workload: Workload, k: int, device: Any = None) -> Tuple[Any, Any]:
     """Returns an optimizer with a model that reports, and an iterator over k micro-batches."""
     optimizer = chainer.optimizers.SGD().setup(workload.make_model())
+    if device is not None:
+        optimizer.target.to_device(device)
     chainer.get_current_reporter().add_observer("main", optimizer.target)
     dataset = workload.make_dataset(k * workload.micro_batch_size)
     return optimizer, chainer.iterators.SerialIterator(dataset, workload.micro_batch_size, shuffle=False)
 
 
-def make_floor(optimizer: Any, iterator: Any, k: int) -> Callable[[], None]:
+def make_floor(optimizer: Any, iterator: Any, k: int, device: Any = None) -> Callable[[], None]:
     """Returns the floor: its update has the gradient of the last micro-batch alone."""
 
     def floor() -> None:
         for _ in range(k):
-            loss = optimizer.target(*chainer.dataset.concat_examples(iterator.next()))
+            loss = optimizer.target(*chainer.dataset.concat_examples(iterator.next(), device))
             optimizer.target.cleargrads()
             loss.backward()
         optimizer.update()
@@ -34,18 +36,18 @@ def make_floor(optimizer: Any, iterator: Any, k: int) -> Callable[[], None]:
     return floor
 
 
-def make_window(optimizer: Any, iterator: Any, k: int) -> Callable[[], None]:
+def make_window(optimizer: Any, iterator: Any, k: int, device: Any = None) -> Callable[[], None]:
     """Returns an update of AccumulatingUpdater."""
-    return chainer_accum.AccumulatingUpdater(iterator, optimizer, accumulation_steps=k).update
+    return chainer_accum.AccumulatingUpdater(iterator, optimizer, device=device, accumulation_steps=k).update
 
 
-def make_by_hand(optimizer: Any, iterator: Any, k: int) -> Callable[[], None]:
+def make_by_hand(optimizer: Any, iterator: Any, k: int, device: Any = None) -> Callable[[], None]:
     """Returns accumulation as it is written by hand: ``loss / k``, and Chainer adds to ``param.grad``."""
 
     def by_hand() -> None:
         optimizer.target.cleargrads()
         for _ in range(k):
-            loss = optimizer.target(*chainer.dataset.concat_examples(iterator.next())) / k
+            loss = optimizer.target(*chainer.dataset.concat_examples(iterator.next(), device)) / k
             loss.backward()
         optimizer.update()
 

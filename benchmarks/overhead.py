@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from typing import Callable, Dict
+from typing import Any, Callable, Dict
 
 import chainer_accum
 import chainer
@@ -26,10 +26,10 @@ FLOOR, WINDOW, BY_HAND = "floor", "AccumulatingUpdater", "by hand"
 STANDARD, ONE_PASS = "StandardUpdater", "one pass"
 
 
-def make_contestants(workload: Workload, k: int) -> Dict[str, Callable[[], None]]:
+def make_contestants(workload: Workload, k: int, device: Any = None) -> Dict[str, Callable[[], None]]:
     """Returns what is timed: each with a model, an optimizer and an iterator of its own."""
     makers = {FLOOR: make_floor, WINDOW: make_window, BY_HAND: make_by_hand}
-    return {name: make(*set_up(workload, k), k) for name, make in makers.items()}
+    return {name: make(*set_up(workload, k, device), k, device) for name, make in makers.items()}
 
 
 def make_updaters(workload: Workload, updates: int) -> Dict[str, Callable[[], None]]:

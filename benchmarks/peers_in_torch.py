@@ -26,12 +26,12 @@ torch.set_num_threads(1)
 
 def floor(job: Job) -> Contestant:
     """Bare passes, each cleared before its backward pass, and one update."""
-    network, optimizer, loader = _set_up(job)
+    network, optimizer, loader = set_up(job)
     batches = iter(loader)
 
     def window() -> None:
         for x, t in itertools.islice(batches, job.k):
-            loss = _mean_loss(network(x), t)
+            loss = mean_loss(network(x), t)
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
@@ -41,12 +41,12 @@ def floor(job: Job) -> Contestant:
 
 def loss_over_k(job: Job) -> Contestant:
     """``loss / k``, and PyTorch adds to ``param.grad``."""
-    network, optimizer, loader = _set_up(job)
+    network, optimizer, loader = set_up(job)
     batches = iter(loader)
 
     def window() -> None:
         for x, t in itertools.islice(batches, job.k):
-            loss = _mean_loss(network(x), t) / job.k
+            loss = mean_loss(network(x), t) / job.k
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -62,7 +62,7 @@ def accelerate_accumulate(job: Job) -> Contestant:
     def window() -> None:
         for x, t in itertools.islice(batches, job.k):
             with accelerator.accumulate(network):
-                accelerator.backward(_mean_loss(network(x), t))
+                accelerator.backward(mean_loss(network(x), t))
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -94,7 +94,7 @@ def lightning(job: Job) -> Contestant:
     """``accumulate_grad_batches`` of the Trainer, without logger, checkpoints and progress bar."""
     import pytorch_lightning
 
-    network, optimizer, loader = _set_up(job)
+    network, optimizer, loader = set_up(job)
 
     class Module(pytorch_lightning.LightningModule):
         def __init__(self) -> None:
@@ -103,7 +103,7 @@ def lightning(job: Job) -> Contestant:
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             x, t = batch
-            return _mean_loss(self.network(x), t)
+            return mean_loss(self.network(x), t)
 
         def configure_optimizers(self) -> Any:
             return optimizer
@@ -178,7 +178,7 @@ class _Turns:
         self._paused.release()
 
 
-def _set_up(job: Job) -> Tuple[nn.Module, torch.optim.Optimizer, DataLoader]:
+def set_up(job: Job) -> Tuple[nn.Module, torch.optim.Optimizer, DataLoader]:
     """Returns the network that Chainer's is, with the same parameters, an optimizer and a loader."""
     layers: list = []
     for layer in job.make_model().predictor:
@@ -205,10 +205,10 @@ def _set_up_accelerate(job: Job) -> Tuple[Any, nn.Module, Any, Any]:
     import accelerate
 
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=job.k)
-    return (accelerator, *accelerator.prepare(*_set_up(job)))
+    return (accelerator, *accelerator.prepare(*set_up(job)))
 
 
-def _mean_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def mean_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy(outputs, labels, ignore_index=-1)
 
 
