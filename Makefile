@@ -10,8 +10,8 @@ RUN = $(VENV)/bin/python -m
 # Named for the interpreter, so that asking for another one makes the environment anew.
 READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
 
-.PHONY: demo test test-mpi mpi-jobs check lint types docs reliability oldest newest coverage bench bench-mpi peers
-.PHONY: communication.md ready clean
+.PHONY: demo test test-mpi mpi-jobs test-gpu check lint types docs reliability oldest newest coverage bench bench-mpi
+.PHONY: bench-gpu on-gpu peers communication.md ready clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/digits/train_digits.py --out result
@@ -59,6 +59,29 @@ mpi-jobs: $(READY)
 			$(RUN) pytest -p no:cacheprovider --capture=sys tests/mpi || exit; \
 	done
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/test_example_chainermn.py
+
+# For a machine with a GPU, in an environment that has CuPy: these two install nothing, and take the interpreter as it is.
+# Without NVIDIA_TF32_OVERRIDE=0, cuDNN may round float32 to 10 bits.
+ON_GPU = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" NVIDIA_TF32_OVERRIDE=0 $(or $(PYTHON),python3)
+
+# Tests that were written for the host and hold on a device.
+ANYWHERE = batch_statistics cached_gradients iterators keep_random_state loops mixed_precision nonfinite out_of_memory \
+	prefetching schedules snapshots transparency tuning updater
+
+test-gpu: on-gpu
+	$(ON_GPU) -m pytest --device=@cupy:0 tests/gpu $(ANYWHERE:%=tests/test_%.py)
+
+# The table that is there is replaced only by a whole one.
+bench-gpu: on-gpu
+	$(ON_GPU) benchmarks/gpu.py >benchmarks/gpu.md.new || { rm -f benchmarks/gpu.md.new; exit 1; }
+	if [ -s benchmarks/gpu.md.new ]; then mv benchmarks/gpu.md.new benchmarks/gpu.md; else rm benchmarks/gpu.md.new; fi
+
+on-gpu:
+	@$(ON_GPU) -W ignore -c 'import chainer_accum, chainer, hypothesis, pytest' || { \
+		echo "test-gpu and bench-gpu need chainer, pytest and hypothesis, and a CuPy for a GPU; install them, as in" >&2; \
+		echo "PIP_CONSTRAINT=build-constraints.txt PIP_BUILD_CONSTRAINT=build-constraints.txt \\" >&2; \
+		echo "  $(or $(PYTHON),python3) -m pip install chainer pytest hypothesis 'cupy-cuda12x[ctk]'" >&2; \
+		exit 1; }
 
 # One thread, so that what is compared does not depend on what else the machine does.
 bench: $(READY)
