@@ -366,7 +366,7 @@ class AccumulatingUpdater(StandardUpdater):
             self.gradient_norms,
         )
         observations = Observations(self._observation_rules)
-        prepare = prepare_ahead if self._prefetches else prepare_lazily
+        prepare = functools.partial(prepare_ahead, device=self.input_device) if self._prefetches else prepare_lazily
         with contextlib.closing(prepare(iter(micro_batches), self._bind_loss)) as prepared:
             for micro_batch, bind_loss in prepared:
                 with fitting(window, micro_batches, micro_batch.examples), observations.collecting() as observation:
@@ -385,7 +385,7 @@ class AccumulatingUpdater(StandardUpdater):
                 "or chainer.functions.forget to compute parts of the graph twice instead of keeping them"
             )
         self._size.lower(failed)
-        free_memory()
+        free_memory(self.get_optimizer("main").target.device)
         warnings.warn(
             f"memory did not suffice for a micro-batch of {failed} examples ({message}); the window begins again, and "
             f"from now on a micro-batch has at most {self._size.size}",
