@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Tuple
 
 import numpy
-from numpy.lib.stride_tricks import as_strided
 
 from chainer_accum._blas import add_matrix_product
 
@@ -62,7 +61,7 @@ def _patches(
     widths = [(each_pad, each_pad + each_stride - 1) for each_pad, each_stride in zip(pad, stride)]
     x = numpy.pad(x, [(0, 0), (0, 0), *widths])
     image, channel, row, column = x.strides
-    return as_strided(
+    return numpy.lib.stride_tricks.as_strided(
         x,
         (*x.shape[:2], *filter_size, *out_size),
         (image, channel, row * dilate[0], column * dilate[1], row * stride[0], column * stride[1]),

@@ -31,7 +31,7 @@ def synchronize(device: Any) -> None:
         device.device.synchronize()
 
 
-def free_memory(device: Any = None) -> None:
+def free_memory(device: Any) -> None:
     """Gives back what is held by objects that nothing refers to any more, and by CuPy for later use on a device."""
     gc.collect()
     if isinstance(device, cuda.GpuDevice):  # not wherever there is CuPy: it may be installed without a device

@@ -20,11 +20,13 @@ ANYWHERE |= {"float16", "float32", "float64", "int64", "complex128"}
 ON_THE_HOST: Dict[str, Tuple[str, str]] = {
     "_blas.py": ("it looks for the library of NumPy, to which only NumPy's arrays go", "__file__ ascontiguousarray"),
     "_compat.py": ("it is about the module itself", "*"),
+    "_convolution.py": ("only NumPy's arrays go there", "pad lib"),
     "_trials.py": ("gradients are sent to the host to be compared", "array"),
     "cached_gradients.py": ("the lengths of micro-batches are ints", "cumsum"),
     "diagnostics.py": ("gradients have been sent to the host to be compared", "*"),
     "distributed.py": ("parameters are sent to the host to be broadcast; weights are floats", "array array_equal"),
     "extensions/learning_rate_survey.py": ("learning rates and losses are floats", "geomspace argmin"),
+    "gradient_sums.py": ("sums of what only the host has a shortcut for", "zeros"),
     "random_state.py": ("the state of NumPy's generator is saved", "random array uint8 uint32 frombuffer"),
     "snapshots.py": ("a file is read to the host; an array is made only to ask for names", "load empty"),
     "training_state.py": ("generators are told by type; iterators serialize to the host", "random array"),
