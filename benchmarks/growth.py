@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence
 
@@ -25,13 +24,12 @@ import chainer.links as L
 import numpy
 from chainer.training.updaters import StandardUpdater
 from floor import make_floor, make_window, set_up
-from pairs import keep_freed_memory, measure, ratios
+from pairs import FEWEST_ROUNDS, MOST_ROUNDS, keep_freed_memory, measure_for, ratios
 from peaks import peak
 from workloads import Workload, describe_machine
 
 FLOOR, WINDOW = "floor", "AccumulatingUpdater"
 AT_SIZE, WHOLE = "StandardUpdater, micro-batch", "StandardUpdater, whole batch"
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
 
 
 class Job(NamedTuple):
@@ -108,11 +106,7 @@ def measure_time(job: Job, seconds: float) -> Dict[str, List[float]]:
     with chainer.Reporter().scope({}):  # as in a Trainer, models report to somebody
         makers = {FLOOR: make_floor, WINDOW: make_window}
         contestants = {name: make(*set_up(job.workload, job.k), job.k) for name, make in makers.items()}
-        start = time.perf_counter()
-        for contestant in contestants.values():
-            contestant()
-        rounds = int(seconds / (time.perf_counter() - start))
-        return measure(contestants, min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS))
+        return measure_for(contestants, seconds)
 
 
 def measure_peaks(job: Job) -> Dict[str, int]:

@@ -19,7 +19,7 @@ import chainer_accum
 import chainer
 from chainer.training.updaters import StandardUpdater
 from floor import make_by_hand, make_floor, make_window, set_up
-from pairs import keep_freed_memory, measure, ratios
+from pairs import FEWEST_ROUNDS, MOST_ROUNDS, keep_freed_memory, measure_for, ratios
 from workloads import LSTM, WORKLOADS, Workload, describe_machine
 
 FLOOR, WINDOW, BY_HAND = "floor", "AccumulatingUpdater", "by hand"
@@ -52,30 +52,32 @@ def make_updaters(workload: Workload, updates: int) -> Dict[str, Callable[[], No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40, help="how often each runs")
+    parser.add_argument("--seconds", type=float, default=50, help="how long the rounds of one comparison may take")
     parser.add_argument("--accumulation-steps", "-k", type=int, default=16)
     args = parser.parse_args()
     k = args.accumulation_steps
     keep_freed_memory()
     print(f"# Time of a window over its floor\n\n{__doc__.split(chr(10), 2)[2].strip()}\n")
     print(f"Machine: {describe_machine()}.")
-    print(f"k = {k}, SGD, median of {args.rounds} rounds, the ratios round by round, with quartiles.\n")
     print(
-        "| network | micro-batch | floor | AccumulatingUpdater / floor | by hand / floor | one pass / StandardUpdater |"
+        f"k = {k}, SGD, {FEWEST_ROUNDS} to {MOST_ROUNDS} rounds: medians, of ratios round by round, with quartiles.\n"
     )
-    print("| --- " * 6 + "|")
+    heads = ["network", "micro-batch", "rounds", "floor"]
+    heads += [f"{WINDOW} / floor", f"{BY_HAND} / floor", f"{ONE_PASS} / {STANDARD}"]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for workload in [*WORKLOADS, LSTM]:
-        seconds = measure(make_contestants(workload, k), args.rounds)
-        of_one_pass = measure(make_updaters(workload, k), args.rounds)
+        seconds = measure_for(make_contestants(workload, k), args.seconds)
+        of_one_pass = measure_for(make_updaters(workload, k), args.seconds)
         cells = [
             workload.name,
             f"{workload.micro_batch_size}",
+            f"{len(seconds[FLOOR])}",
             f"{statistics.median(seconds[FLOOR]) * 1e3:.1f} ms",
             *(ratios(seconds[name], seconds[FLOOR]) for name in (WINDOW, BY_HAND)),
             ratios(of_one_pass[ONE_PASS], of_one_pass[STANDARD]),
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
-    print(f"\nMade by `make bench`: `python benchmarks/overhead.py --rounds {args.rounds} -k {k}`.")
+    print(f"\nMade by `make bench`: `python benchmarks/overhead.py --seconds {args.seconds:g} -k {k}`.")
 
 
 if __name__ == "__main__":

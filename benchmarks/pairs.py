@@ -11,6 +11,18 @@ from typing import Callable, Dict, List
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
+
+
+def measure_for(contestants: Dict[str, Callable[[], None]], seconds: float) -> Dict[str, List[float]]:
+    """Returns the seconds of each run, in as many rounds as take about ``seconds``, but not too few or too many."""
+    start = time.perf_counter()
+    for contestant in contestants.values():
+        contestant()
+    rounds = int(seconds / (time.perf_counter() - start))
+    return measure(contestants, min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS))
+
+
 def measure(contestants: Dict[str, Callable[[], None]], rounds: int) -> Dict[str, List[float]]:
     """Returns the seconds of each run; in each round, all run once, in an order that rotates."""
     names = list(contestants)

@@ -95,8 +95,8 @@ def test_the_figures_are_those_of_the_committed_results():
     quoted = table_below(README, "## What it costs")
     assert len(quoted) == len(overhead) == len(memory) / 2
     for (_, window, by_hand, peak, whole), time_row, memory_row in zip(quoted, overhead, memory[::2]):
-        assert window == f"{float(time_row[3].split()[0]):.2f}"
-        assert by_hand == f"{float(time_row[4].split()[0]):.2f}"
+        assert window == f"{float(time_row[4].split()[0]):.2f}"
+        assert by_hand == f"{float(time_row[5].split()[0]):.2f}"
         assert float(peak) == max(round(float(ratio), 2) for ratio in memory_row[4:8])
         assert whole == f"{float(memory_row[8]):.1f}"
 
@@ -119,6 +119,6 @@ def span(ratios):
 
 def test_a_window_costs_no_more_than_was_promised():
     for row in table_below((ROOT / "benchmarks/overhead.md").read_text(encoding="utf-8"), "# "):
-        assert float(row[3].split()[0]) <= 1.03
+        assert float(row[4].split()[0]) <= 1.03
     for row in table_below((ROOT / "benchmarks/memory.md").read_text(encoding="utf-8"), "# "):
         assert all(float(ratio) <= 1.05 for ratio in row[4:8])
