@@ -10,7 +10,7 @@ the running averages.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, ContextManager, Dict, Iterator, List, NamedTuple, Tuple
 
 import chainer
 import chainer.links as L
@@ -93,6 +93,16 @@ class _Collector(chainer.LinkHook):
             self._loans.pop().end()
 
 
+@contextlib.contextmanager
+def _collecting() -> Iterator[List[Tuple[Any, _Moments]]]:
+    collector = _Collector()
+    try:
+        with collector:
+            yield collector.calls
+    finally:
+        collector.end_loans()
+
+
 class BatchStatistics:
     """The statistics of a window, for all links of batch normalization that its micro-batches pass through.
 
@@ -108,18 +118,9 @@ class BatchStatistics:
         # By link and by how many times a micro-batch has gone through it before, in the order of the calls.
         self._moments: Dict[Tuple[int, int], Tuple[Any, _Moments]] = {}
 
-    @contextlib.contextmanager
-    def collecting(self) -> Iterator[List[Tuple[Any, _Moments]]]:
+    def collecting(self) -> ContextManager[List[Tuple[Any, _Moments]]]:
         """Returns a context in which no running average moves, and that returns the list of what would move them."""
-        if not self._is_collecting:
-            yield []
-            return
-        collector = _Collector()
-        try:
-            with collector:
-                yield collector.calls
-        finally:
-            collector.end_loans()
+        return _collecting() if self._is_collecting else contextlib.nullcontext([])
 
     def add(self, calls: List[Tuple[Any, _Moments]]) -> None:
         """Adds what was collected of one micro-batch."""

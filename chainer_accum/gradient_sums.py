@@ -22,7 +22,7 @@ import chainer
 import numpy
 from chainer.functions.connection.convolution_2d import Convolution2DFunction
 from chainer.functions.connection.embed_id import EmbedIDFunction
-from chainer.functions.connection.linear import LinearFunction, LinearGradData
+from chainer.functions.connection.linear import LinearFunction
 
 from chainer_accum._blas import add_matrix_product
 from chainer_accum._convolution import add_convolution_weight
@@ -246,7 +246,7 @@ class _AddWhereBorn(chainer.FunctionHook):
             found[1] = None
         if backward is _LINEAR_BACKWARD:  # what is left takes no graph to compute, as Chainer makes one
             if 0 in indexes:
-                (found[0],) = LinearGradData().forward((in_data[1], gy))
+                found[0] = gy.dot(in_data[1]).astype(gy.dtype, copy=False)
             if 2 in indexes:
                 found[2] = gy.sum(axis=0)
         return found

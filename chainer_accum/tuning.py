@@ -111,7 +111,9 @@ class _Search:
     """A search for the best size, for windows that are alike."""
 
     _FIRST = 64
-    _TRIALS = 2  # windows per size, of which the faster one counts: what disturbs a measurement makes it longer
+    # Windows per size, and the sizes that are left have one more each, as the machine may have been slower for a while.
+    # The fastest window counts: what disturbs a measurement makes it longer.
+    _TRIALS = 2
     _REACH = 2  # how many sizes on either side of the best one must be slower
 
     def __init__(self) -> None:
@@ -136,8 +138,13 @@ class _Search:
             return
         timings = self.timings()
         best = min(timings, key=lambda size: timings[size])
-        for size in self._around(best, whole):
+        around = self._around(best, whole)
+        for size in around:
             if size not in timings:
+                self.size = size
+                return
+        for size in [*around, best]:
+            if len(self._seconds[size]) == self._TRIALS:
                 self.size = size
                 return
         self.size, self.is_over = best, True

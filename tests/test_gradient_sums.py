@@ -11,7 +11,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy
 import pytest
-from chainer.functions.connection.linear import LinearFunction, LinearGradData
+from chainer.functions.connection.linear import LinearFunction
 from chainer_accum.gradient_sums import GradientSums
 
 
@@ -261,15 +261,6 @@ def test_no_array_is_made_for_the_gradient_of_a_weight(name, node):
 
     assert nodes(gradients_of).count(node) == 3
     assert node not in nodes(sums_of)
-
-
-@pytest.mark.parametrize("name, calls", [("linear", 0), ("one parameter used three times", 2)])
-def test_data_gets_no_gradient(monkeypatch, name, calls):
-    made = []
-    forward = LinearGradData.forward
-    monkeypatch.setattr(LinearGradData, "forward", lambda self, inputs: made.append(self) or forward(self, inputs))
-    sums_of(Model(), [LOSSES[name]])
-    assert len(made) == calls
 
 
 def test_a_gradient_is_never_written_to():

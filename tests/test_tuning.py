@@ -71,6 +71,20 @@ def test_a_size_that_was_disturbed_once_has_another_trial(make_machine):
     assert size.size == 128
 
 
+@pytest.mark.parametrize("begins", range(12))
+def test_a_machine_that_is_slower_for_a_while_does_not_mislead_the_search(begins, make_machine):
+    windows = []
+
+    def seconds(size):
+        windows.append(size)
+        is_slower = begins < len(windows) <= begins + 4  # for all trials of two sizes
+        return (2.0 + abs(numpy.log2(size / 512))) * (5 if is_slower else 1)
+
+    size = TunedMicroBatchSize()
+    make_machine(seconds).run(size, 60, examples=2048)
+    assert size.size == 512
+
+
 @given(best=st.sampled_from([2**i for i in range(11)]), fits=st.integers(1, 1024), examples=st.integers(1, 1024))
 def test_memory_bounds_the_search(best, fits, examples):
     with pytest.MonkeyPatch.context() as monkeypatch:
