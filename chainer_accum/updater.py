@@ -13,7 +13,7 @@ import warnings
 from typing import Any, Callable, Dict, Iterator, Mapping, NoReturn, Optional, Tuple, Union
 
 import chainer
-from chainer.dataset import concat_examples
+from chainer.dataset import ConcatWithAsyncTransfer, concat_examples
 from chainer.training.updaters import StandardUpdater
 
 from chainer_accum._arguments import check_bool, check_callable, check_choice, check_int, check_set_up
@@ -174,6 +174,11 @@ class AccumulatingUpdater(StandardUpdater):
             check_bool("split_when_out_of_memory", split_when_out_of_memory, "use None to decide by what else is asked")
         check_bool("auto_new_epoch", auto_new_epoch, "use False to call optimizer.new_epoch() yourself")
         check_bool("prefetch", prefetch, "use True to convert the next micro-batch in a thread")
+        if prefetch and isinstance(converter, ConcatWithAsyncTransfer):
+            raise ValueError(
+                "converter must not be ConcatWithAsyncTransfer with prefetch=True, got both; it would write to a "
+                "buffer that is still being read, so use concat_examples, whose copies are made ahead as well"
+            )
         check_choice("nonfinite", nonfinite, NONFINITE)
         check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
         check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)

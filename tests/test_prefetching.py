@@ -251,3 +251,10 @@ def test_a_micro_batch_that_does_not_fit_is_split_wherever_memory_fails():
 def test_another_type_is_refused():
     with pytest.raises(TypeError, match="prefetch must be True or False, got 2; use True to convert"):
         make(serial(make_dataset(), 5), prefetch=2)
+
+
+def test_a_converter_with_buffers_of_its_own_is_refused():
+    converter = chainer.dataset.ConcatWithAsyncTransfer()
+    with pytest.raises(ValueError, match="converter must not be ConcatWithAsyncTransfer with prefetch=True, got both"):
+        make(serial(make_dataset(), 5), converter=converter, prefetch=True)
+    make(serial(make_dataset(), 5), converter=converter, prefetch=False)
