@@ -39,8 +39,7 @@ def add_convolution_weight(
 
     """
     patches = _patches(x, total.shape[2:], gy.shape[2:], stride, pad, dilate)
-    bytes_per_image = max(patches[0].size * patches.itemsize, 1) if len(patches) > 0 else 1
-    images = max(_BYTES_OF_PATCHES // bytes_per_image, 1)
+    images = max(_BYTES_OF_PATCHES // max(patches[:1].nbytes, 1), 1)
     for start in range(0, len(x), images):
         part = slice(start, start + images)
         columns = patches[part].transpose(1, 2, 3, 0, 4, 5).reshape(total[0].size, -1)
