@@ -44,15 +44,21 @@ def read_log(tmp_path):
     return json.loads((tmp_path / "log").read_text())
 
 
+def assert_example_mean(tmp_path, seen, expected_sizes):
+    """Asserts that the one entry of the log has the mean over examples, and returns the entry."""
+    losses, sizes = zip(*seen)
+    assert sizes == expected_sizes
+    (entry,) = read_log(tmp_path)
+    numpy.testing.assert_allclose(entry["main/loss/example_mean"], numpy.average(losses, weights=sizes), rtol=1e-6)
+    return entry
+
+
 def test_an_example_mean_counts_examples(tmp_path):
     trainer = make_trainer(tmp_path, epochs=1, accumulation_steps=4, epoch_boundary="flush", size=30)
     trainer.extend(ExampleMean("main/loss"))
     seen = record(trainer)
     trainer.run()
-    losses, sizes = zip(*seen)
-    assert sizes == (24, 6)
-    (entry,) = read_log(tmp_path)
-    numpy.testing.assert_allclose(entry["main/loss/example_mean"], numpy.average(losses, weights=sizes), rtol=1e-6)
+    entry = assert_example_mean(tmp_path, seen, (24, 6))
     assert abs(entry["main/loss"] - entry["main/loss/example_mean"]) > 1e-3
 
 
@@ -194,10 +200,7 @@ def test_an_example_mean_leaves_out_what_was_skipped(tmp_path):
     trainer.extend(chainer_extensions.LogReport())
     seen = record(trainer)
     trainer.run()
-    losses, sizes = zip(*seen)
-    assert sizes == (3, 12)
-    (entry,) = read_log(tmp_path)
-    numpy.testing.assert_allclose(entry["main/loss/example_mean"], numpy.average(losses, weights=sizes), rtol=1e-6)
+    assert_example_mean(tmp_path, seen, (3, 12))
 
 
 def test_an_example_mean_of_nothing_is_a_warning(tmp_path):
