@@ -1,8 +1,8 @@
 """The part of ``pkg_resources`` that Chainer uses, over :mod:`importlib.metadata`.
 
 setuptools 82 dropped ``pkg_resources``, and new environments have no setuptools at all, but ``import chainer`` asks it
-which optional packages are installed, and ``chainer.testing`` which versions they have. :mod:`chainer_accum._compat`
-registers this module under that name when nothing else provides it.
+which optional packages are installed, and ``chainer.testing`` which versions they have. :mod:`chainer_accum._stand_ins`
+shows them this module where they can import no other.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -16,67 +15,71 @@ from chainer_accum import _compat, _pkg_resources
 
 NAMES = [entry.name for entry in _compat.MISSING_NAMES]
 
-# Start of a script in which every one of the names is missing, whatever is installed.
-HIDE_ALL_NAMES = """
+# Start of a script for which all that Chainer needs is missing, whatever is installed.
+HIDE_ALL = """
+import importlib.abc
 import sys
 import numpy
 
-getattr_of_numpy = numpy.__getattr__
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "pkg_resources" or name.startswith("numpy.distutils"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
 
-def getattr_without_the_names(name):
-    if name in ["sctypes", "float"]:
+def getattr_without_the_names(name, getattr_of_numpy=numpy.__getattr__):
+    if name in ["sctypes", "float", "distutils"]:
         raise AttributeError(name)
     return getattr_of_numpy(name)
 
-for name in ["pkg_resources", "numpy.distutils", "numpy.distutils.system_info"]:
-    sys.modules[name] = None  # importing it raises ImportError
-for name in ["sctypes", "float"]:
+sys.meta_path.insert(0, Hidden())
+for name in ["sctypes", "float", "distutils"]:
     vars(numpy).pop(name, None)
 numpy.__getattr__ = getattr_without_the_names
 """
 
+# Prints which of the modules others find, and whether one is left where they look.
+LOOK_AROUND = """
+import importlib, sys, numpy
+for name in ["pkg_resources", "numpy.distutils", "numpy.distutils.system_info"]:
+    try:
+        print(importlib.import_module(name).__name__)
+    except ImportError as error:
+        print(type(error).__name__)
+print([name for name in sys.modules if name.startswith(("pkg_resources", "numpy.distutils"))])
+print(hasattr(numpy, "distutils"))
+"""
+NOTHING_FOUND = "ModuleNotFoundError\n" * 3 + "[]\nFalse\n"
+
+# What there is of Chainer that imports one of the modules.
+IMPORT_ALL = """
+import chainer
+import chainer.testing
+import chainer.testing.doctest_helper
+"""
+
 
 @pytest.fixture(autouse=True)
-def _restorable_state(monkeypatch: Any) -> None:
-    """Gives each test the default of the switch and a ``numpy.distutils`` of its own."""
+def _default_of_the_switch(monkeypatch: Any) -> None:
     monkeypatch.delenv("CHAINER_ACCUM_COMPAT", raising=False)
-    distutils = types.ModuleType("numpy.distutils")
-    monkeypatch.setitem(sys.modules, "numpy.distutils", distutils)
-    monkeypatch.setitem(vars(numpy), "distutils", distutils)
-
-
-def namespace_of(name: str) -> Any:
-    """Returns the dict in which ``name`` is found, and its key there: an attribute of NumPy or a module."""
-    module, _, attribute = name.rpartition(".")
-    return (vars(numpy), attribute) if module == "numpy" else (sys.modules, name)
-
-
-def put(monkeypatch: Any, name: str, value: Any) -> None:
-    monkeypatch.setitem(*namespace_of(name), value)
 
 
 def hide(monkeypatch: Any, name: str) -> None:
-    put(monkeypatch, name, None)  # for a module, that is enough: importing it raises ImportError
-    namespace, key = namespace_of(name)
-    if namespace is vars(numpy):
-        del namespace[key]
-        monkeypatch.setitem(vars(numpy), "__getattr__", _raise_attribute_error)  # some versions have numpy.float there
+    """Hides a name of NumPy."""
+    monkeypatch.setitem(vars(numpy), name, None)
+    del vars(numpy)[name]
+    monkeypatch.setitem(vars(numpy), "__getattr__", _raise_attribute_error)  # some versions have numpy.float there
 
 
 def _raise_attribute_error(name: str) -> None:
     raise AttributeError(name)
 
 
-def look_up(name: str) -> Any:
-    namespace, key = namespace_of(name)
-    return namespace.get(key)
-
-
-def run_python(*arguments: str) -> str:
+def run_python(*arguments: str, path: Any = "") -> str:
     """Runs a fresh interpreter and returns what it prints."""
+    paths = [str(path), str(Path(chainer_accum.__file__).parent.parent)]
     process = subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(chainer_accum.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -90,15 +93,15 @@ def run_python(*arguments: str) -> str:
 def test_a_missing_name_is_restored(name: str, monkeypatch: Any) -> None:
     hide(monkeypatch, name)
     _compat.restore_missing_names()
-    assert look_up(name) is not None
+    assert vars(numpy)[name] is not None
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_is_there_is_left_alone(name: str, monkeypatch: Any) -> None:
-    original = types.ModuleType(name)
-    put(monkeypatch, name, original)
+    original = object()
+    monkeypatch.setitem(vars(numpy), name, original)
     _compat.restore_missing_names()
-    assert look_up(name) is original
+    assert vars(numpy)[name] is original
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,15 +109,128 @@ def test_a_missing_name_stays_missing_when_switched_off(name: str, monkeypatch: 
     hide(monkeypatch, name)
     monkeypatch.setenv("CHAINER_ACCUM_COMPAT", "0")
     _compat.restore_missing_names()
-    assert look_up(name) is None
+    assert name not in vars(numpy)
 
 
-def test_a_module_that_fails_to_import_with_any_error_counts_as_missing(monkeypatch: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["import chainer_accum", "import chainer_accum" + IMPORT_ALL])
+def test_others_find_no_module_that_is_not_there(first: str) -> None:
+    assert run_python("-c", HIDE_ALL + first + LOOK_AROUND) == NOTHING_FOUND
+
+
+def test_others_find_no_module_that_is_not_there_while_chainer_is_imported(tmp_path: Path) -> None:
+    # Chainer's helpers import the package mock if it is installed.
+    (tmp_path / "mock.py").write_text(LOOK_AROUND)
+    script = HIDE_ALL + "import chainer_accum, chainer.testing"
+    assert run_python("-c", script, path=tmp_path) == NOTHING_FOUND
+
+
+def test_chainer_finds_a_module_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "pkg_resources.py").write_text(
+        """
+class DistributionNotFound(Exception): pass
+class VersionConflict(Exception): pass
+class ResolutionError(Exception): pass
+class WorkingSet:
+    def require(self, requirement): raise ResolutionError
+def require(requirement): raise DistributionNotFound
+"""
+    )
+    script = """
+import pkg_resources
+for module in [chainer._environment_check, chainer.testing.helper, chainer.testing.doctest_helper]:
+    assert module.pkg_resources is pkg_resources is sys.modules["pkg_resources"]
+print(pkg_resources.__file__)
+"""
+    printed = run_python("-c", "import sys, chainer_accum" + IMPORT_ALL + script, path=tmp_path)
+    assert printed == f"{tmp_path / 'pkg_resources.py'}\n"
+
+
+def test_a_module_that_fails_to_import_with_any_error_counts_as_missing(tmp_path: Path) -> None:
     (tmp_path / "pkg_resources.py").write_text("raise AttributeError('ImpImporter')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "pkg_resources")
+    script = "print(chainer.testing.helper.pkg_resources.__name__)"
+    printed = run_python("-c", "import chainer_accum" + IMPORT_ALL + script, path=tmp_path)
+    assert printed == "chainer_accum._pkg_resources\n"
+
+
+def test_a_module_is_found_by_those_who_import_it_later(tmp_path: Path) -> None:
+    (tmp_path / "pkg_resources.py").write_text("working_set = []")
+    script = f"""
+import sys
+sys.modules["pkg_resources"] = None
+import chainer_accum, chainer.testing
+del sys.modules["pkg_resources"]
+sys.path.insert(0, {str(tmp_path)!r})
+import pkg_resources
+print(pkg_resources.working_set)
+"""
+    assert run_python("-c", script) == "[]\n"
+
+
+def test_the_paths_of_pytest_can_be_changed() -> None:
+    script = """
+import chainer_accum, chainer.testing, pytest
+with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.syspath_prepend("somewhere")
+"""
+    assert run_python("-c", HIDE_ALL + script) == ""
+
+
+def test_the_helpers_can_be_imported_twice() -> None:
+    script = """
+def check():
+    helper = sys.modules["chainer.testing.helper"]
+    helper.with_requires("numpy>=1")
+    print(helper.pkg_resources.__name__)
+
+import importlib
+importlib.reload(chainer.testing.helper)
+check()
+del sys.modules["chainer.testing.helper"]
+import chainer.testing.helper
+check()
+"""
+    printed = run_python("-c", HIDE_ALL + "import chainer_accum" + IMPORT_ALL + script + LOOK_AROUND)
+    assert printed == "chainer_accum._pkg_resources\n" * 2 + NOTHING_FOUND
+
+
+def test_the_source_of_the_helpers_can_be_shown() -> None:
+    script = """
+import chainer_accum, chainer.testing, inspect
+source = inspect.getsource(chainer.testing.helper)
+assert chainer.testing.helper.__loader__.get_source("chainer.testing.helper") == source
+print("import pkg_resources" in source)
+"""
+    assert run_python("-c", HIDE_ALL + script) == "True\n"
+
+
+def test_the_check_of_the_environment_runs_on_a_mac() -> None:
+    script = """
+import sys
+sys.platform = "darwin"
+import chainer_accum, chainer
+print(chainer._environment_check.numpy.distutils.system_info.get_info("blas_opt"))
+"""
+    assert run_python("-c", HIDE_ALL + script) == "{}\n"
+
+
+def test_the_finder_is_there_once() -> None:
     _compat.restore_missing_names()
-    assert look_up("pkg_resources") is _pkg_resources
+    ours = [finder for finder in sys.meta_path if type(finder).__module__ == "chainer_accum._stand_ins"]
+    assert len(ours) == 1
+
+
+def test_no_module_is_found_when_switched_off() -> None:
+    script = """
+import os
+os.environ["CHAINER_ACCUM_COMPAT"] = "0"
+numpy.sctypes, numpy.float = {"int": [numpy.int32, numpy.int64], "float": [numpy.float32]}, float
+try:
+    import chainer_accum
+except ModuleNotFoundError as error:
+    print(error)
+print([finder for finder in sys.meta_path if type(finder).__module__.startswith("chainer_accum")])
+"""
+    assert run_python("-c", HIDE_ALL + script) == "No module named 'numpy.distutils'\n[]\n"
 
 
 def test_chainer_imports_and_computes_without_any_of_the_names() -> None:
@@ -139,22 +255,20 @@ def runs():
 
 assert runs()
 """
-    assert run_python("-W", "error", "-c", HIDE_ALL_NAMES + script) == ""
+    assert run_python("-W", "error", "-c", HIDE_ALL + script) == ""
 
 
 def test_chainer_can_be_imported_after_an_import_that_failed() -> None:
     script = """
-import sys
-sys.modules["pkg_resources"] = None
 try:
     import chainer
 except (AttributeError, ImportError):
     import chainer_accum
-    import chainer
+    import chainer.testing
 
     print(chainer.__version__)
 """
-    assert run_python("-c", script) == "7.8.1\n"
+    assert run_python("-c", HIDE_ALL + script + LOOK_AROUND) == "7.8.1\n" + NOTHING_FOUND
 
 
 @pytest.mark.parametrize("action", ["always", "error"])
@@ -195,6 +309,34 @@ if __name__ == "__main__":
 """
     )
     assert run_python(str(script), start_method) == "trained\n"
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_child_processes_import_the_helpers_and_find_no_other_module(start_method: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HIDE_ALL)  # which the child runs as well
+    script = tmp_path / "main.py"
+    script.write_text(
+        f"""
+import multiprocessing
+import sys
+
+import chainer_accum
+
+def work(queue):
+    import chainer.testing
+    chainer.testing.with_requires("numpy>=1")
+    queue.put([name for name in sys.modules if name.startswith(("pkg_resources", "numpy.distutils"))])
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context({start_method!r})
+    queue = context.SimpleQueue()
+    child = context.Process(target=work, args=(queue,))
+    child.start()
+    child.join()
+    print(child.exitcode, queue.get())
+"""
+    )
+    assert run_python(str(script), path=tmp_path) == "0 []\n"
 
 
 def test_require_returns_the_packages_that_meet_the_requirements() -> None:
