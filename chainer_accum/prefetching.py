@@ -14,10 +14,12 @@ import contextlib
 import functools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, ContextManager, Dict, Generator, Iterator, Optional, Tuple, TypeVar
+from typing import Any, Callable, ContextManager, Generator, Iterator, Tuple, TypeVar
 
 import chainer
 from chainer.backends import cuda
+
+from chainer_accum.thread_state import Outcome, ThreadState
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,52 +39,46 @@ def prepare_ahead(
 ) -> Generator[Tuple[Item, Callable[[], Result]], None, None]:
     """Returns an iterator over items, each with a function that returns it prepared, which a thread does one ahead.
 
-    What fails in preparing an item is raised by that function, and what fails in getting one, by the iterator. Once the
-    iterator is closed, the thread is at rest.
+    What fails in preparing an item is raised by that function, and what fails in getting one, by the iterator. What is
+    reported in preparing an item is reported by that function, and what is reported in getting one, by the iterator.
+    Each item is got and prepared with what is local to the calling thread, as it is when the thread begins with it.
+    Once the iterator is closed, the thread is at rest.
 
     Args:
         items: Iterator over the items.
-        prepare (callable): Function that prepares an item.
+        prepare (callable): Function that prepares an item. If it raises :class:`StopIteration`, that is an error like
+            any other, not the end of the items.
         device (~chainer.backend.Device): Device to which items are copied, or ``None`` for the host.
 
     """
-    config = {name: getattr(chainer.config, name) for name in vars(chainer.global_config)}
     copies = _CopiesToGpu(device) if isinstance(device, cuda.GpuDevice) else _NoCopies()
 
-    def fetch() -> Optional[Tuple[Item, Callable[[], Result]]]:
-        _take_over(config)  # which each thread has of its own
-        future: Future[Result] = Future()
+    def fetch() -> Tuple[Item, Callable[[], Result]]:
         with copies.making():
-            try:
-                item = next(items)
-            except StopIteration:
-                return None
-            try:
-                future.set_result(prepare(item))
-            except BaseException as error:
-                future.set_exception(error)
+            item = next(items)
+            outcome = Outcome(functools.partial(prepare, item))
             await_copies = copies.are_made()
 
         def prepared() -> Result:
             await_copies()
-            return future.result()
+            return outcome.take_over()
 
         return item, prepared
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="chainer_accum") as executor:
-        ahead = executor.submit(fetch)
+
+        def fetch_ahead() -> Future[Outcome[Tuple[Item, Callable[[], Result]]]]:
+            return executor.submit(ThreadState().run, functools.partial(Outcome, fetch))
+
+        ahead = fetch_ahead()
         while True:
-            fetched = ahead.result()
-            if fetched is None:
+            try:
+                fetched = ahead.result().take_over()
+            except StopIteration:  # raised by items only; what preparing one raises is in an outcome of its own
                 return
-            ahead = executor.submit(fetch)
+            ahead = fetch_ahead()
             yield fetched
             del fetched  # before the next one is waited for
-
-
-def _take_over(config: Dict[str, Any]) -> None:
-    for name, value in config.items():
-        setattr(chainer.config, name, value)
 
 
 class _NoCopies:
