@@ -127,10 +127,22 @@ def test_in_between_nothing_is_measured_and_nothing_reported(tmp_path):
     assert trainer.updater.gradient_norms is None
 
 
+def test_an_update_without_accumulation_leaves_no_norms_of_the_one_before():
+    updater = make_updater(
+        chainer_accum.AccumulatingUpdater, serial(make_dataset(), 6), chainer.optimizers.SGD(), accumulation_steps=2
+    )
+    updater.gradient_norm_interval = 1
+    run(updater, 1)
+    assert len(updater.gradient_norms.micro_batches) == 2
+    updater.accumulation_steps = 1
+    run(updater, 1)
+    assert updater.gradient_norms is None
+
+
 def test_a_single_micro_batch_tells_nothing(tmp_path):
     _, extension, reports = train(3, steps=1, out=tmp_path)
     assert extension.noise_scale is None
-    assert not any("noise_scale" in report for report in reports)
+    assert ["noise_scale" in report for report in reports] == [False] * 3
 
 
 def test_to_measure_changes_no_update():
@@ -167,7 +179,7 @@ def test_what_is_skipped_or_run_again_is_not_part_of_it():
     with pytest.warns(RuntimeWarning, match="memory did not suffice"), numpy.errstate(invalid="ignore"):
         run(updater, 1)
     assert updater.gradient_norms.weights == [5.0, 5.0, 5.0]
-    assert all(numpy.isfinite(updater.gradient_norms.micro_batches))
+    assert [bool(numpy.isfinite(norm)) for norm in updater.gradient_norms.micro_batches] == [True] * 3
 
 
 def test_the_accumulation_steps_grow_up_to_a_limit_and_never_shrink(tmp_path):
@@ -177,6 +189,27 @@ def test_the_accumulation_steps_grow_up_to_a_limit_and_never_shrink(tmp_path):
     assert trainer.updater.accumulation_steps == 3
     trainer, _, _ = train(60, steps=50, adapt_up_to=60, smoothing=0.9, out=tmp_path)
     assert trainer.updater.accumulation_steps == 50
+
+
+def test_a_noise_that_is_estimated_below_zero_is_none(tmp_path):
+    trainer, _, _ = train(1, out=tmp_path)
+    trainer.updater.gradient_norms = norms = GradientNorms()
+    norms.weights, norms.micro_batches, norms.window = [1.0, 1.0], [1.0, 1.0], 1.5
+    assert estimate(norms) == (-1.0, 2.0)
+    extension = GradientNoiseScale(1)
+    observation = {}
+    with chainer.Reporter().scope(observation):
+        extension(trainer)
+    assert extension.noise_scale == 0
+    assert observation == {"noise_scale": 0, "suggested_accumulation_steps": 1}
+
+
+def test_a_batch_that_is_split_can_grow(tmp_path):
+    updater = make_updater(
+        chainer_accum.AccumulatingUpdater, serial(make_dataset(), 6), chainer.optimizers.SGD(), micro_batch_size=3
+    )
+    GradientNoiseScale(adapt_up_to=4).initialize(Trainer(updater, (1, "iteration"), out=str(tmp_path)))
+    assert updater.gradient_norm_interval == 10
 
 
 def test_the_accumulation_steps_double_at_most_for_the_first_estimates_are_noisy(tmp_path):
@@ -253,6 +286,96 @@ def test_updaters_that_cannot_measure_or_cannot_adapt_are_refused(tmp_path):
     cached = chainer_accum.CachedGradientUpdater(serial(make_dataset(), 6), optimizer, loss_func=F.sum)
     with pytest.raises(TypeError, match="must be able to accumulate, got CachedGradientUpdater"):
         GradientNoiseScale().initialize(Trainer(cached, (1, "iteration"), out=str(tmp_path)))
-    single = chainer_accum.AccumulatingUpdater(serial(make_dataset(), 6), optimizer)
-    with pytest.raises(ValueError, match="accumulation_steps must be 2 or more for adapt_up_to, got 1; nothing can be"):
-        GradientNoiseScale(adapt_up_to=4).initialize(Trainer(single, (1, "iteration"), out=str(tmp_path)))
+    for steps in (1, lambda updater: 1):
+        single = chainer_accum.AccumulatingUpdater(serial(make_dataset(), 6), optimizer, accumulation_steps=steps)
+        trainer = Trainer(single, (2, "iteration"), out=str(tmp_path))
+        trainer.extend(GradientNoiseScale(adapt_up_to=4))
+        with pytest.raises(
+            ValueError, match="accumulation_steps must be 2 or more for adapt_up_to, got 1; nothing can"
+        ):
+            trainer.run(show_loop_exception_msg=False)
+        assert single.iteration == 1
+
+
+@pytest.mark.parametrize("steps", [3, {0: 3}, lambda updater: 3])
+def test_the_accumulation_steps_may_be_a_schedule_at_first(tmp_path, steps):
+    updater = make_updater(
+        chainer_accum.AccumulatingUpdater,
+        serial(make_regression_data(20), 2),
+        chainer.optimizers.SGD(0.0),
+        Regression(),
+        accumulation_steps=steps,
+    )
+    trainer = Trainer(updater, (40, "iteration"), out=str(tmp_path))
+    trainer.extend(GradientNoiseScale(1, 0.9, adapt_up_to=4))
+    trainer.run()
+    assert updater.accumulation_steps == 4
+
+
+class WindowOf:
+    """What the extension sees of an updater whose window took so many iterator batches of 10 examples."""
+
+    iteration = 1
+    micro_batch_size = 5
+    gradient_norm_interval = 1
+
+    def __init__(self, steps, is_new_epoch=False, last_batch=10, noise_scale=1000.0):
+        self.updater = self
+        self.accumulation_steps = steps
+        self.is_new_epoch = is_new_epoch
+        self.gradient_norms = norms = GradientNorms()
+        norms.weights = [10.0] * (steps - 1) + [last_batch / 2] * 2
+        # With |G|² = 1 and S = noise_scale, micro-batches and the window have these norms on average.
+        average = sum(1 / weight for weight in norms.weights) / len(norms.weights)
+        norms.micro_batches = [1 + noise_scale * average] * len(norms.weights)
+        norms.window = 1 + noise_scale / sum(norms.weights)
+
+
+def steps_after(extension, *windows):
+    """Returns what was suggested, and which accumulation steps there were, after each window."""
+    seen = []
+    for window in windows:
+        observation = {}
+        with chainer.Reporter().scope(observation):
+            extension(window)
+        seen.append((observation["suggested_accumulation_steps"], window.accumulation_steps))
+    return seen
+
+
+def test_a_window_that_is_cut_short_neither_shrinks_the_steps_nor_limits_them():
+    extension = GradientNoiseScale(1, 0.9, adapt_up_to=64)
+    windows = [WindowOf(4), WindowOf(1, True), WindowOf(16), WindowOf(3, True, 2), WindowOf(64)]
+    assert steps_after(extension, *windows) == [(100, 8), (100, 16), (100, 32), (100, 64), (100, 64)]
+
+
+def test_a_short_window_is_no_reason_for_fewer_steps_than_there_are():
+    extension = GradientNoiseScale(1, 0.9, adapt_up_to=64)
+    windows = [WindowOf(8, noise_scale=50.0), WindowOf(1, True, noise_scale=50.0), WindowOf(0, noise_scale=50.0)]
+    windows[-1].gradient_norms = None  # no data here, in a window of several processes
+    assert steps_after(extension, *windows[:2]) == [(5, 8), (5, 1)]
+    extension(windows[-1])
+    assert steps_after(extension, WindowOf(8, noise_scale=200.0)) == [(11, 11)]
+
+
+def test_a_schedule_may_lower_the_steps():
+    extension = GradientNoiseScale(1, 0.9, adapt_up_to=64)
+    windows = [WindowOf(8, noise_scale=30.0), WindowOf(2, noise_scale=30.0), WindowOf(3, True, noise_scale=30.0)]
+    assert steps_after(extension, *windows) == [(3, 8), (3, 3), (3, 3)]
+
+
+def test_windows_longer_than_an_epoch_are_whole():
+    extension = GradientNoiseScale(1, 0.9, adapt_up_to=64)
+    assert steps_after(extension, WindowOf(2, True), WindowOf(4, True), WindowOf(8, True)) == [
+        (100, 4),
+        (100, 8),
+        (100, 16),
+    ]
+
+
+def test_a_resumed_run_may_begin_with_a_short_window(tmp_path):
+    extension = GradientNoiseScale(1, 0.9, 64)
+    steps_after(extension, WindowOf(8, noise_scale=50.0))
+    save_npz(str(tmp_path / "extension.npz"), extension)
+    resumed = GradientNoiseScale(1, 0.9, 64)
+    load_npz(str(tmp_path / "extension.npz"), resumed)
+    assert steps_after(resumed, WindowOf(1, True, 2, noise_scale=50.0)) == [(5, 1)]

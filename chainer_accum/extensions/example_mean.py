@@ -6,9 +6,11 @@ import warnings
 from typing import Any, Optional
 
 import chainer
+import numpy
 from chainer.training import extension
 from chainer.training import trigger as trigger_module
 
+from chainer_accum.reports import device_of_either, is_not_zero, is_numeric, value_and_weight, where, widened
 from chainer_accum.updater import AccumulatingUpdater
 
 
@@ -18,10 +20,12 @@ class ExampleMean(extension.Extension):
     :class:`~chainer.training.extensions.LogReport` averages over updates, in which an effective batch that the end of
     an epoch or of the data cut short counts as much as a whole one, and a small one early in a schedule as much as a
     large one later. This mean is weighted by the examples of each update. The Trainer needs an
-    :class:`~chainer_accum.AccumulatingUpdater` that counts them: see its attribute ``effective_batch_size``.
+    :class:`~chainer_accum.AccumulatingUpdater` that counts them: see its attribute ``effective_batch_size``. A value
+    that is reported with a weight of its own, as ``(value, weight)``, is weighted by that instead. A value whose weight
+    is zero is left out, even if it is NaN.
 
     Args:
-        key (str): Key of the observed value, such as ``'main/loss'``.
+        key (str): Key of the observed value, such as ``'main/loss'``. It is a number, or an array of one element.
         result_key (str): Key of the mean. By default, ``key`` and ``'/example_mean'``.
         trigger: Trigger that decides when to report the mean, and to begin anew. By default, once per epoch.
 
@@ -52,24 +56,15 @@ class ExampleMean(extension.Extension):
     def __call__(self, trainer: Any) -> None:
         """Adds the value of the last update, and reports the mean if it is time."""
         if self._key in trainer.observation:
-            examples = trainer.updater.effective_batch_size
-            if examples is None:
-                raise ValueError(
-                    "effective_batch_size must be known, got None; let the iterator return lists, and for single "
-                    "batches give the updater accumulation_steps={0: 1}"
-                )
-            if examples > 0:
-                self._summary.add(chainer.as_array(trainer.observation[self._key]), examples)
+            self._add(trainer.observation[self._key], trainer.updater.effective_batch_size)
         if self._trigger(trainer):
             try:
                 chainer.report({self._result_key: self._summary.compute_mean()})
             except ZeroDivisionError:
-                warnings.warn(
-                    f"no mean of {self._key!r}, as it was not observed; observed are "
-                    f"{', '.join(map(repr, sorted(trainer.observation)))}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                reason = "all its weights were 0"
+                if self._key not in trainer.observation:
+                    reason = f"it was not observed; observed are {', '.join(map(repr, sorted(trainer.observation)))}"
+                warnings.warn(f"no mean of {self._key!r}, as {reason}", RuntimeWarning, stacklevel=2)
             self._summary = chainer.reporter.Summary()
 
     def serialize(self, serializer: Any) -> None:
@@ -79,3 +74,24 @@ class ExampleMean(extension.Extension):
         self._summary.serialize(serializer["summary"])
         if hasattr(self._trigger, "serialize"):
             self._trigger.serialize(serializer["trigger"])
+
+    def _add(self, reported: Any, examples: Optional[int]) -> None:
+        value, weight = value_and_weight(reported)
+        if not is_numeric(value) or getattr(value, "size", 1) != 1:
+            raise ValueError(
+                f"{self._key!r} must be a number or an array of one element, got {value!r}; "
+                "report a mean over the examples"
+            )
+        if weight is None and examples is None:
+            raise ValueError(
+                "effective_batch_size must be known, got None; let the iterator return lists, and for single "
+                "batches give the updater accumulation_steps={0: 1}"
+            )
+        weight = examples if weight is None else widened(weight, numpy.float64)
+        is_counted = is_not_zero(weight)
+        if is_counted is False:
+            return
+        with device_of_either(value, weight):
+            value = widened(value, numpy.float64)
+            value = value.reshape(()) if hasattr(value, "reshape") else value
+            self._summary.add(where(is_counted, value), weight)

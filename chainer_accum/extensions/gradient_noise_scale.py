@@ -46,8 +46,9 @@ class GradientNoiseScale(extension.Extension):
         interval (int): Each so many updates, gradients are looked at. In between, there is no cost.
         smoothing (float): What an exponential mean keeps of its last value, from 0 to less than 1.
         adapt_up_to (int): If it is given, :attr:`~chainer_accum.AccumulatingUpdater.accumulation_steps` is set to what
-            is suggested as long as that is more than it is, up to this number, and to twice as many at a time. It
-            should be 2 or more from the start: from a single micro-batch, nothing can be estimated.
+            is suggested as long as that is more than an update takes, up to this number, and to twice as many at a
+            time. An update that the end of an epoch or of the data cut short does not count. It should be 2 or more
+            from the start: from a single micro-batch, nothing can be estimated.
 
     Attributes:
         noise_scale (float): The present estimate, or ``None``.
@@ -71,6 +72,10 @@ class GradientNoiseScale(extension.Extension):
         if adapt_up_to is not None:
             self._most_steps = check_int("adapt_up_to", adapt_up_to, 2, "use None to leave accumulation_steps alone")
         self._steps: Optional[int] = None
+        # Iterator batches that a whole window takes, and what one of them weighs, or 0 as long as that is not known. A
+        # window in which an epoch ended may be shorter, and its last batch smaller.
+        self._steps_taken = 0
+        self._weight_of_step = 0.0
         self._noise = _Mean(self._smoothing)
         self._signal = _Mean(self._smoothing)
 
@@ -90,16 +95,18 @@ class GradientNoiseScale(extension.Extension):
             )
         if self._steps is not None:
             updater.accumulation_steps = self._steps
-        if self._most_steps is not None and updater.accumulation_steps == 1 and updater.micro_batch_size is None:
-            raise ValueError(
-                "accumulation_steps must be 2 or more for adapt_up_to, got 1; nothing can be estimated from a single "
-                "micro-batch"
-            )
+        self._steps_taken = max(self._steps_taken, updater.accumulation_steps)
         updater.gradient_norm_interval = self._interval
 
     def __call__(self, trainer: Any) -> None:
         """Takes the norms of the last update into account, and reports."""
         updater = trainer.updater
+        steps = updater.accumulation_steps
+        is_whole = not updater.is_new_epoch and steps > 0  # none if only other processes had data
+        if is_whole or steps > self._steps_taken:
+            self._steps_taken = steps
+        if is_whole:
+            self._check_steps(updater)
         norms = updater.gradient_norms
         if norms is not None and len(norms.weights) > 1:
             noise, signal = estimate(norms)
@@ -107,26 +114,38 @@ class GradientNoiseScale(extension.Extension):
                 return
             self._noise.add(noise)
             self._signal.add(signal)
-            self._suggest(updater, sum(norms.weights) / updater.accumulation_steps)
+            if is_whole or not self._weight_of_step:
+                self._weight_of_step = sum(norms.weights) / steps
+            self._suggest(updater)
 
     def serialize(self, serializer: Any) -> None:
-        """Serializes the estimate, and the accumulation steps if they were set."""
+        """Serializes the estimate, what a window takes, and the accumulation steps if they were set."""
         self._noise.serialize(serializer, "noise")
         self._signal.serialize(serializer, "signal")
         with contextlib.suppress(KeyError):
             self._steps = serializer("accumulation_steps", self._steps or 0) or None
+            self._steps_taken = serializer("steps_taken", self._steps_taken)
+            self._weight_of_step = serializer("weight_of_step", self._weight_of_step)
 
-    def _suggest(self, updater: AccumulatingUpdater, weight_of_step: float) -> None:
+    def _suggest(self, updater: AccumulatingUpdater) -> None:
         noise_scale = self.noise_scale
         if noise_scale is None:
             return
-        steps = max(1, round(noise_scale / weight_of_step))
+        steps = max(1, round(noise_scale / self._weight_of_step))
         chainer.report({"noise_scale": noise_scale, "suggested_accumulation_steps": steps})
         if self._most_steps is not None:
+            present = max(self._steps_taken, self._steps or 0)
             # At most twice as many, for the first estimates are of few micro-batches and may be far off.
-            steps = min(steps, self._most_steps, 2 * updater.accumulation_steps)
-            if steps > updater.accumulation_steps:
+            steps = min(steps, self._most_steps, 2 * present)
+            if steps > present:
                 self._steps = updater.accumulation_steps = steps
+
+    def _check_steps(self, updater: AccumulatingUpdater) -> None:
+        if self._most_steps is not None and self._steps_taken == 1 and updater.micro_batch_size is None:
+            raise ValueError(
+                "accumulation_steps must be 2 or more for adapt_up_to, got 1; nothing can be estimated from a single "
+                "micro-batch"
+            )
 
 
 def estimate(norms: GradientNorms) -> Tuple[float, float]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any, Optional, Sequence
 
-import chainer
 from chainer.training import extension
 
-from chainer_accum.observations import is_scalar
+from chainer_accum.reports import dtype_of, is_scalar, value_and_weight
 
 
 class TensorBoardReport(extension.Extension):
@@ -19,7 +18,7 @@ class TensorBoardReport(extension.Extension):
 
     Args:
         log_dir (str): Folder of the event files. By default, ``tensorboard`` in the folder of the Trainer.
-        keys (sequence of str): Keys of the values to write, such as ``'main/loss'``. By default, all scalars.
+        keys (sequence of str): Keys of the values to write, such as ``'main/loss'``. By default, all real scalars.
         trigger: Trigger that decides when to write. By default, after each update.
 
     Raises:
@@ -56,14 +55,12 @@ class TensorBoardReport(extension.Extension):
     def __call__(self, trainer: Any) -> None:
         """Writes the observation."""
         assert self._writer is not None, "initialize comes first"
-        for key, value in trainer.observation.items():
+        for key, reported in trainer.observation.items():
             if self._keys is not None and key not in self._keys:
                 continue
-            if isinstance(value, tuple):  # with a weight of its own
-                value = value[0]
-            scalar = chainer.as_array(value)
-            if is_scalar(scalar):
-                self._writer.add_scalar(key, float(scalar), trainer.updater.iteration)
+            value, _ = value_and_weight(reported)
+            if is_scalar(value) and dtype_of(value).kind != "c":
+                self._writer.add_scalar(key, float(value), trainer.updater.iteration)
 
     def finalize(self) -> None:
         """Closes the event file."""
