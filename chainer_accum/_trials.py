@@ -1,16 +1,10 @@
-"""Steps that are tried out with a model that stays as it is.
-
-The links of the model hold copies of what is theirs while steps are made: of parameters, persistent values and all
-else that a call may change. To copy the links themselves would not do, because a loss function that refers to a link
-must meet the copies, too.
-"""
+"""Steps that are tried out with a model, which is put back afterwards."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
-import inspect
 import warnings
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -22,6 +16,8 @@ from chainer.utils.type_check import InvalidType
 from chainer_accum.micro_batches import WeightFunc
 from chainer_accum.observations import reporting_to
 from chainer_accum.random_state import RandomState, devices_of
+from chainer_accum.remembered import Remembered
+from chainer_accum.touched_links import links_behind
 from chainer_accum.updater import AccumulatingUpdater
 
 Gradient = Dict[str, numpy.ndarray]  # by names of parameters, in host memory
@@ -60,13 +56,15 @@ class Trials:
         self._witness = _Witness()
         self._is_wide = False
         self._trained = _names_of_trained(settings.target)
-        links = {id(link): link for thing in (settings.target, settings.loss_func) for link in _links_behind(thing)}
-        self._links = list(links.values())
-        self._random = RandomState(devices_of(self._links))
-        rules = [param.update_rule for link in self._links for param in link.params()]
-        # A copy refers to the links themselves, and has no update rules, whose state is large.
-        self._memo = {**links, **{id(rule): None for rule in rules}}
-        self._start = self._copy([vars(link) for link in self._links])
+        links = links_behind(settings.target, settings.loss_func)
+        self._random = RandomState(devices_of(links))
+        self._remembered = Remembered()
+        # No pass updates the model. Without its update rules, their state, which is large, needs not be remembered.
+        self._rules = [(param, param.update_rule) for param in settings.target.params()]
+        with self._without_rules():
+            for link in links:
+                self._remembered.add(link)
+        self._born: List[Callable[[], None]] = []
 
     @property
     def itemsize(self) -> int:
@@ -79,31 +77,33 @@ class Trials:
         return self._witness.normalizes_batches
 
     @contextlib.contextmanager
-    def on_copies(self) -> Iterator[None]:
-        """Returns a context in which the links hold copies of what is theirs."""
-        own = [vars(link) for link in self._links]
+    def undone(self) -> Iterator[None]:
+        """Context manager for steps, after which the model is as it was, and so are other links that they used."""
         try:
             # Micro-batches of one example, or without a valid label, make models warn as training might never do.
-            with warnings.catch_warnings(), reporting_to({}):
+            with warnings.catch_warnings(), reporting_to({}), self._without_rules(), self._remembered.following():
                 warnings.simplefilter("ignore")
                 yield
         finally:
-            for link, contents in zip(self._links, own):
-                link.__dict__ = contents
+            with self._without_rules():
+                self._remembered.restore()
             self._random.restore()
 
     def initialize(self) -> None:
-        """Makes a first step to see what it computes, and gives uninitialized parameters the values they got in it."""
+        """Takes a first step to see what it computes, and gives uninitialized parameters the values they got in it."""
         with self._witness:
             self._run([self.batch], micro_batch_size=len(self.batch))  # in a window, which checks the loss
-        for link, contents in zip(self._links, self._start):
-            for name, value in contents.items():
-                now: Any = getattr(link, name, None)
-                if isinstance(value, chainer.Parameter) and value.array is None and now.array is not None:
-                    value.copydata(now)
-                # Such as the averages of batch normalization. Chainer has no public way to ask for the names.
-                elif value is None and name in link._persistent:
-                    contents[name] = self._copy(now)
+        links = self._remembered.links
+        arrays = [(param, param.array) for link in links for param in link.params(include_uninit=False)]
+        # Such as the averages of batch normalization. Chainer has no public way to ask for the names.
+        values = [(link, name, getattr(link, name)) for link in links for name in link._persistent]
+        self._remembered.restore()
+        for param, array in arrays:
+            if param.array is None:
+                self._born.append(functools.partial(_give, param, "array", array))
+        for link, name, value in values:
+            if getattr(link, name, value) is None:
+                self._born.append(functools.partial(_give, link, name, value))
 
     def full_batch(self, same_state: bool = True, same_random: bool = True) -> Gradient:
         """Returns the gradient of the whole batch, made by :class:`~chainer.training.updaters.StandardUpdater`."""
@@ -163,13 +163,22 @@ class Trials:
         return {name: numpy.array(host.send(param.grad)) for name, param in params if name in self._trained}
 
     def _go_to_start(self) -> None:
-        for link, contents in zip(self._links, self._copy(self._start)):
-            link.__dict__ = contents
-            if self._is_wide:
-                contents.update({name: _widen(value) for name, value in contents.items()})
+        self._remembered.restore()
+        for give in self._born:
+            give()
+        if self._is_wide:
+            for link in self._remembered.links:
+                vars(link).update({name: _widen(value) for name, value in vars(link).items()})
 
-    def _copy(self, contents: Any) -> Any:
-        return copy.deepcopy(contents, dict(self._memo))
+    @contextlib.contextmanager
+    def _without_rules(self) -> Iterator[None]:
+        try:
+            for param, _ in self._rules:
+                param.update_rule = None
+            yield
+        finally:
+            for param, rule in self._rules:
+                param.update_rule = rule
 
 
 class _Batches(chainer.dataset.Iterator):
@@ -196,9 +205,8 @@ class _NoUpdate(chainer.GradientMethod):
 class _Witness(chainer.FunctionHook):
     """Sees with which floats a model computes, and whether it normalizes by the statistics of the batch."""
 
-    name = "chainer_accum.check_equivalence"
-
     def __init__(self) -> None:
+        self.name = f"chainer_accum.check_equivalence {id(self)}"  # a loss function may be checked within another
         self.itemsize = 8
         self.normalizes_batches = False
 
@@ -224,21 +232,9 @@ def _names_of_trained(target: chainer.Link) -> List[str]:
     return names
 
 
-def _links_behind(thing: Any) -> Iterator[chainer.Link]:
-    """Returns an iterator over the links that a model or a loss function changes when it is called."""
-    if isinstance(thing, chainer.Link):
-        yield from thing.links()
-    elif isinstance(thing, functools.partial):
-        for part in (thing.func, *thing.args, *thing.keywords.values()):
-            yield from _links_behind(part)
-    elif inspect.ismethod(thing):
-        yield from _links_behind(thing.__self__)
-        yield from _links_behind(thing.__func__)
-    elif thing is not None:
-        variables = inspect.getclosurevars(thing)[:2] if inspect.isfunction(thing) else [getattr(thing, "__dict__", {})]
-        for value in [value for names in variables for value in names.values()]:
-            if isinstance(value, chainer.Link):
-                yield from value.links()
+def _give(owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute to a copy."""
+    setattr(owner, name, copy.deepcopy(value))
 
 
 class _WideConverter(chainer.dataset.Converter):

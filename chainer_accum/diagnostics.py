@@ -99,8 +99,8 @@ def check_equivalence(
     configuration, as a training step would, and start from the present state of the model. If the gradients deviate by
     more than rounding, further passes find out why.
 
-    Model, optimizer, iterator, reporter and random generators are afterwards as they were; so are other links to which
-    the loss function refers by itself. A loss function that keeps anything else in objects of its own keeps it.
+    Model, optimizer, iterator, reporter and random generators are afterwards as they were; so are other links that a
+    pass used, however it got hold of them. What else a loss function keeps in objects of its own, it keeps.
 
     .. code-block:: python
 
@@ -125,14 +125,15 @@ def check_equivalence(
 
     Raises:
         TypeError: If an argument is of the wrong type, or the loss is no :class:`~chainer.Variable`.
-        ValueError: If an argument has an impossible value, there is no parameter to train, the loss is not a scalar or
-            without a graph, or the gradient of the whole batch is zero or not finite.
+        RuntimeError: If the loss does not depend on a parameter.
+        ValueError: If an argument has an impossible value, there is no parameter to train, the loss is not a scalar, or
+            the gradient of the whole batch is zero or not finite.
 
     """
     settings = _read_settings(model_or_updater, converter, loss_func, micro_batch_size, weight_func, loss_reduction)
     parts = _split(batch, settings.micro_batch_size)
     trials = Trials(settings, batch, parts)
-    with trials.on_copies():
+    with trials.undone():
         trials.initialize()
         full, accumulated = trials.full_batch(), trials.accumulated()
         _check_usable(full)

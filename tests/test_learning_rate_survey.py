@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import itertools
 import json
 import math
 
@@ -126,6 +127,57 @@ def test_a_survey_that_is_interrupted_leaves_no_trace(tmp_path):
             survey(updater, tmp_path, extensions=[interrupt])
 
     assert_leaves_no_trace(surveyed, make)
+
+
+class _Outside(chainer.Chain):
+    """A link that the model only refers to: it moves averages, remembers, is trained and is not initialized yet."""
+
+    def __init__(self):
+        super().__init__()
+        numpy.random.seed(1)
+        self.calls = 0
+        with self.init_scope():
+            self.bn = L.BatchNormalization(5)
+            self.lazy = L.Linear(None, 5)
+        self.optimizer = optimizers.Adam().setup(self)
+
+    def forward(self, x):
+        self.calls += 1
+        self.optimizer.update(lambda: F.sum(self.lazy(self.bn(x)) ** 2))
+        return self.bn(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_link_outside_the_model_is_put_back(tmp_path, fails):
+    def make_with_link():
+        updater = make()
+        model, links = updater.get_optimizer("main").target, itertools.repeat(_Outside())
+        updater.loss_func = lambda x, t: model(next(links)(x), t)
+        return updater
+
+    @make_extension(trigger=(5, "iteration"))
+    def interrupt(trainer):
+        raise KeyboardInterrupt
+
+    def surveyed(updater):
+        if not fails:
+            survey(updater, tmp_path)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                survey(updater, tmp_path, extensions=[interrupt])
+        assert not chainer.get_function_hooks() and not chainer._get_link_hooks()
+
+    assert_leaves_no_trace(surveyed, make_with_link)
+
+
+def test_a_model_may_be_checked_in_a_survey(tmp_path):
+    @make_extension(trigger=(3, "iteration"))
+    def check(trainer):
+        results.append(chainer_accum.check_equivalence(trainer.updater.get_optimizer("main").target, make_dataset(20)))
+
+    results = []
+    assert_leaves_no_trace(lambda updater: survey(updater, tmp_path, extensions=[check]), make)
+    assert [cause.name for result in results for cause in result.causes] == ["randomness"] * 3
 
 
 def test_the_data_may_end_before_the_survey_does(tmp_path):
@@ -293,6 +345,89 @@ def test_the_optimizer_may_be_wrapped_or_another_than_the_main_one(tmp_path):
     assert other.lr == 0.01
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("reported", ["plain", "weighted", "one element"])
+def test_with_a_wrapped_optimizer_the_rate_moves_once_per_update(tmp_path, steps, reported):
+    optimizer = chainer_accum.create_accumulating_optimizer(optimizers.SGD(), steps)
+    losses = [float(loss) for loss in range(1, 4 * steps + 1)]
+    reports = {
+        "plain": losses,
+        "weighted": [(loss, numpy.array(index % steps)) for index, loss in enumerate(losses, start=1)],
+        "one element": [numpy.array([loss], "f") for loss in losses],
+    }
+    weights = {
+        "plain": numpy.ones(steps),
+        "one element": numpy.ones(steps),
+        "weighted": numpy.arange(1, steps + 1) % steps,
+    }
+    seen = []
+
+    @make_extension(trigger=(1, "iteration"), priority=-100)
+    def record(trainer):
+        seen.append((optimizer.t, optimizer.lr))
+
+    extension = survey(
+        make(optimizer=optimizer),
+        tmp_path,
+        *(0.01, 10, 4),
+        smoothing=0,
+        divergence=math.inf,
+        extensions=[record, reporting(reports[reported])],
+    )
+    rates = [0.01, 0.1, 1, 10]
+    assert extension.learning_rates == pytest.approx(rates)
+    by_update = numpy.reshape(losses, (4, steps))
+    expected = numpy.average(by_update, axis=1, weights=weights[reported] if steps > 1 else None)
+    assert extension.losses == pytest.approx(expected)
+    assert seen == [((index + 1) // steps, pytest.approx(rates[index // steps])) for index in range(4 * steps)]
+
+
+def test_a_wrapped_optimizer_is_surveyed_like_one_with_the_whole_batch(tmp_path):
+    def make_wrapped():
+        optimizer = chainer_accum.create_accumulating_optimizer(optimizers.SGD(), 3)
+        return make_updater(StandardUpdater, SerialIterator(make_dataset(48), 4, shuffle=False), optimizer)
+
+    updater = make_wrapped()
+    wrapped = survey(updater, tmp_path)
+    whole = survey(
+        make_updater(StandardUpdater, SerialIterator(make_dataset(48), 12, shuffle=False), optimizers.SGD()), tmp_path
+    )
+    numpy.testing.assert_allclose(wrapped.losses, whole.losses, rtol=1e-5)
+    assert_leaves_no_trace(lambda updater: survey(updater, tmp_path), make_wrapped)
+
+
+@pytest.mark.parametrize("losses", [[1.0, 1.0, math.nan], [1.0, 1.0, 1.0, math.inf], [math.nan]])
+def test_within_a_window_a_loss_that_is_not_finite_ends_the_survey_at_once(tmp_path, losses):
+    optimizer = chainer_accum.create_accumulating_optimizer(optimizers.SGD(), 2)
+    extension = survey(
+        make(optimizer=optimizer), tmp_path, 0.01, 1, 3, extensions=[reporting(losses)]
+    )  # no more of them
+    assert extension.losses == [1.0] * ((len(losses) - 1) // 2)
+    assert extension.diverged_at == pytest.approx(0.01 if len(losses) == 1 else 0.1)
+
+
+def test_within_a_window_a_loss_without_weight_may_be_nan(tmp_path):
+    optimizer = chainer_accum.create_accumulating_optimizer(optimizers.SGD(), 2)
+    reports = [(math.nan, 0), (2.0, 3), (3.0, 1), (math.nan, 0)]
+    extension = survey(make(optimizer=optimizer), tmp_path, 0.01, 1, 2, extensions=[reporting(reports)], smoothing=0)
+    assert (extension.losses, extension.diverged_at) == ([2.0, 3.0], None)
+
+
+def test_a_survey_in_which_all_is_skipped_has_diverged(tmp_path):
+    data = [(x * numpy.nan, t) for x, t in make_dataset()]
+    updater = make_updater(AccumulatingUpdater, SerialIterator(data, 12), optimizers.SGD(), nonfinite="skip")
+    with pytest.warns(RuntimeWarning, match="no update: all micro-batches"), numpy.errstate(invalid="ignore"):
+        extension = survey(updater, tmp_path)
+    assert (extension.losses, extension.diverged_at) == ([], 0.01)
+
+
+def test_a_progress_bar_knows_how_long_a_survey_with_a_wrapped_optimizer_is(tmp_path, capsys):
+    optimizer = chainer_accum.create_accumulating_optimizer(optimizers.SGD(), 3)
+    survey(make(optimizer=optimizer), tmp_path, extensions=[chainer_extensions.ProgressBar(update_interval=15)])
+    out = capsys.readouterr().out
+    assert "50.00%" in out and "100.00%" in out
+
+
 def test_another_value_can_be_the_loss(tmp_path):
     @make_extension(trigger=(1, "iteration"), priority=1000)
     def report(trainer):
@@ -312,6 +447,25 @@ def test_other_extensions_that_change_the_rate_do_not_get_in_the_way(tmp_path):
 def test_a_progress_bar_knows_how_long_a_survey_is(tmp_path, capsys):
     survey(make(), tmp_path, extensions=[chainer_extensions.ProgressBar(update_interval=5)])
     assert "50.00%" in capsys.readouterr().out
+
+
+def test_the_length_is_counted_from_where_training_was(tmp_path):
+    lengths = []
+
+    @make_extension(trigger=(1, "iteration"))
+    def record(trainer):
+        lengths.append(trainer.stop_trigger.get_training_length())
+
+    updater = make()
+    run(updater, 7)
+    survey(updater, tmp_path, extensions=[record])
+    assert lengths == [(17, "iteration")] * 10
+
+
+def test_a_survey_that_never_began_has_nothing_to_put_back(tmp_path):
+    extension = LearningRateSurvey(0.1, 1)
+    extension.finalize()
+    assert extension.losses == []
 
 
 def test_a_plot_is_drawn(tmp_path):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from typing import Any, Dict, List, Optional, Tuple
 
-import chainer
 import numpy
 from chainer.training import extension
 
 from chainer_accum._arguments import check_int, check_real
+from chainer_accum.observations import Observations
+from chainer_accum.reports import value_and_weight
 from chainer_accum.training_state import TrainingState
 
 # By these names Chainer's optimizers call their learning rate. Where there are both, alpha is something else.
@@ -22,11 +24,13 @@ class LearningRateSurvey(extension.Extension):
     r"""Trainer extension to find out which learning rates a model can be trained with.
 
     While the Trainer runs, the learning rate grows exponentially from ``start`` to ``stop``, and the loss of each
-    update, which is computed before the step with that rate, is recorded. The Trainer stops after that many updates, or
-    as soon as the loss diverges. Then all is put back as it was: the updater, its models, optimizers and iterators, and
-    the random generators; see :class:`~chainer_accum.training_state.TrainingState`. So it is if the training raises.
-    The updater can then be given to the Trainer that is to train, whose run is the one that it would have been without
-    a survey.
+    update, which is computed before the step with that rate, is recorded. With an optimizer of
+    :func:`~chainer_accum.create_accumulating_optimizer`, which updates once in several iterations, it is the mean of
+    the losses since its last update. The Trainer stops after that many updates, or as soon as the loss diverges. Then
+    all is put back as it was: the updater, its models, optimizers and iterators, other links that were used, and the
+    random generators; see :class:`~chainer_accum.training_state.TrainingState`. The same holds if training raises. The
+    updater can then be given to the Trainer that is to train, whose run is the one that it would have been without a
+    survey.
 
     The losses are smoothed by an exponential mean that is corrected for its start: with ``smoothing`` :math:`\beta`,
     after losses :math:`l_1, \dots, l_i` it is
@@ -105,6 +109,7 @@ class LearningRateSurvey(extension.Extension):
         self._updates = 0
         self._sum = 0.0  # of the losses, weighted
         self._trainer: Optional[Any] = None
+        self._following = contextlib.ExitStack()
 
     @property
     def suggestion(self) -> Optional[float]:
@@ -118,19 +123,33 @@ class LearningRateSurvey(extension.Extension):
 
     def initialize(self, trainer: Any) -> None:
         """Remembers how everything is, and sets the first learning rate."""
+        self._following.close()  # of a run that was not finalized
         self._begin()
         self._optimizer = trainer.updater.get_optimizer(self._optimizer_name)
         self._rate_name = _find_rate_name(self._optimizer, self._attr)
         self._state = TrainingState(trainer.updater)
         self._trainer, self._stop_trigger = trainer, trainer.stop_trigger
-        trainer.stop_trigger = _SurveyTrigger(self, trainer.stop_trigger, trainer.updater.iteration + len(self._rates))
+        self._begin_update()
+        # Only a wrapped optimizer has this. If it has begun to accumulate, the survey ends somewhat sooner.
+        self._iterations = getattr(self._optimizer, "accumulation_steps", 1)
+        iterations = self._iterations * len(self._rates)
+        trainer.stop_trigger = _SurveyTrigger(self, trainer.stop_trigger, trainer.updater.iteration + iterations)
         setattr(self._optimizer, self._rate_name, self._rates[0])
+        self._following.enter_context(self._state.following())
+
+    def _begin_update(self) -> None:
+        self._t = self._optimizer.t  # which counts updates
+        self._losses = Observations({self._loss_key: "mean"})
 
     def __call__(self, trainer: Any) -> None:
-        """Records the loss of the last update, and sets the learning rate of the next."""
+        """Records the loss of the last update, if it is over, and sets the learning rate of the next."""
+        loss, weight = self._get_loss(trainer.observation)
+        is_under_way = self._iterations > 1 and self._optimizer.t == self._t
+        if is_under_way and (math.isfinite(loss) or weight == 0):
+            return
+        self._begin_update()
         rate = self._rates[self._updates]
         self._updates += 1
-        loss = self._get_loss(trainer.observation)
         self._sum = self._smoothing * self._sum + (1 - self._smoothing) * loss
         smoothed = self._sum / (1 - self._smoothing**self._updates)
         is_finite = math.isfinite(smoothed)
@@ -150,6 +169,7 @@ class LearningRateSurvey(extension.Extension):
             return
         trainer, self._trainer = self._trainer, None
         trainer.stop_trigger = self._stop_trigger
+        self._following.close()
         self._state.restore()
         del self._state, self._stop_trigger, self._optimizer  # the survey may be kept for long
         if self._filename is not None:
@@ -189,16 +209,18 @@ class LearningRateSurvey(extension.Extension):
         axes.legend()
         figure.savefig(path, dpi=120)
 
-    def _get_loss(self, observation: Any) -> float:
+    def _get_loss(self, observation: Any) -> Tuple[float, Any]:
+        """Returns the mean loss since the last update, and its weight, or ``None`` if it is reported without one."""
         if self._loss_key not in observation:
+            if observation.get("skipped_micro_batches"):  # all of them, as they were not finite
+                return math.nan, None
             raise ValueError(
                 f"loss_key must be the key of an observed value, got {self._loss_key!r}; "
                 f"use one of {', '.join(map(repr, sorted(observation)))}"
             )
-        value = observation[self._loss_key]
-        if isinstance(value, tuple):  # with a weight of its own
-            value = value[0]
-        return float(chainer.as_array(value))
+        self._losses.add({self._loss_key: observation[self._loss_key]}, 1.0)
+        value, weight = value_and_weight(self._losses.merged()[self._loss_key])
+        return float(value.item() if hasattr(value, "item") else value), weight
 
     def _as_dict(self) -> Dict[str, Any]:
         names = ("learning_rates", "losses", "smoothed_losses", "diverged_at", "suggestion")
