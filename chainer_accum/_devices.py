@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from typing import Any, ContextManager
+from typing import Any, ContextManager, Iterable
 
 import chainer
 import numpy
@@ -29,6 +29,15 @@ def synchronize(device: Any) -> None:
     """Waits until a device has done all that it was told to."""
     if isinstance(device, cuda.GpuDevice):
         device.device.synchronize()
+
+
+def are_finite(arrays: Iterable[Any]) -> bool:
+    """Returns whether all values are finite. This waits for the device."""
+    flags = []
+    for array in arrays:
+        with device_of(array):
+            flags.append(chainer.backend.get_array_module(array).isfinite(array).all())
+    return all(bool(flag) for flag in flags)
 
 
 def free_memory(device: Any) -> None:

@@ -95,7 +95,7 @@ def test_an_input_and_a_gradient_that_are_views_will_do():
 def test_what_it_does_not_know_is_left_to_chainer(monkeypatch, link, calls):
     made = []
     monkeypatch.setattr(
-        "chainer_accum.gradient_sums.add_convolution_weight",
+        "chainer_accum._weight_gradients.add_convolution_weight",
         lambda *args: made.append(args) or _convolution.add_convolution_weight(*args),
     )
     assert_same_as_chainer(link)
