@@ -1,48 +1,70 @@
 """The running averages of batch normalization, moved once per window instead of once per micro-batch.
 
-A link for batch normalization moves its running averages during the forward pass, by the mean and the variance of what
-it is given. With micro-batches that is too often, by statistics of too little, and a pass that comes to nothing has
-moved them as well. So while a micro-batch passes through, each such link is lent other arrays and a decay of zero, so
-that it leaves the very statistics there; those of all micro-batches make the statistics of the window, and these move
-the running averages.
+Batch normalization moves its running averages during the forward pass, by the mean and the variance of what it
+normalizes. With micro-batches that is too often, and by statistics of too little. So while a pass runs, each function
+that normalizes a batch is lent other arrays and a decay of zero. It leaves its statistics there, whoever called it:
+a link, a subclass with an input of its own, or the user. Those of all micro-batches make the statistics of the window,
+and these move the running averages.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, ContextManager, Dict, Iterator, List, NamedTuple, Tuple
+import sys
+from types import CodeType, FrameType
+from typing import Any, ContextManager, Dict, List, NamedTuple, Optional, Tuple
 
 import chainer
 import chainer.links as L
 import numpy
+from chainer.functions.normalization.batch_normalization import BatchNormalization
+from chainer.functions.normalization.batch_renormalization import BatchRenormalizationFunction
 
 from chainer_accum._devices import device_of
 
 BATCH_STATISTICS = ("micro_batch", "window")
 
+# Where in the program a function was called, as the calls that lead there from the pass, and how often before.
+_Call = Tuple[Tuple[Tuple[CodeType, int], ...], int]
 
-class _Loan(NamedTuple):
-    """What belongs to a link that is passing its input on."""
 
-    link: Any
-    avg_mean: Any
-    avg_var: Any
-    decay: float
-    N: int
+class _Loan:
+    """The running averages of a function for as long as it computes with others.
 
-    def end(self) -> None:
-        for name, value in zip(self._fields[1:], self[1:]):
-            setattr(self.link, name, value)
+    Args:
+        function: The function that normalizes.
+        names (tuple of str): Its attributes for the running mean and variance.
+
+    """
+
+    def __init__(self, function: Any, names: Tuple[str, str]) -> None:
+        self.function = function
+        self._names = names
+        self.averages = tuple(getattr(function, name) for name in names)
+        self.decay = function.decay
+
+    def begin(self) -> None:
+        """Lends the function other arrays. They have the present values, by which some functions normalize as well."""
+        for name, average in zip(self._names, self.averages):
+            with device_of(average):
+                setattr(self.function, name, average.copy())
+        self.function.decay = 0.0
+
+    def end(self) -> Tuple[Any, Any]:
+        """Gives the function its own again, and returns the mean and the variance that it has left."""
+        mean, variance = (getattr(self.function, name) for name in self._names)
+        for name, own in zip((*self._names, "decay"), (*self.averages, self.decay)):
+            setattr(self.function, name, own)
+        return mean, variance
 
 
 class _Moments:
-    """Mean and variance of what went through a link, a float64 array each, and of how many values each is."""
+    """Mean and variance of what was normalized, a float64 array each, and of how many values each is."""
 
-    def __init__(self, count: int, mean: Any, variance: Any, is_finetuning: bool) -> None:
+    def __init__(self, count: int, mean: Any, variance: Any) -> None:
         self.count = count
         self.mean = mean
         self.variance = variance
-        self.is_finetuning = is_finetuning
 
     def merge(self, other: _Moments) -> None:
         """Takes in the moments of other values: by the law of total variance."""
@@ -54,100 +76,181 @@ class _Moments:
         self.count = count
 
 
-class _Collector(chainer.LinkHook):
-    name = "chainer_accum.BatchStatistics"
+class _Move(NamedTuple):
+    """What is to move running averages once."""
 
-    def __init__(self) -> None:
-        self.calls: List[Tuple[Any, _Moments]] = []
-        self._loans: List[_Loan] = []
+    averages: Tuple[Any, ...]
+    decay: float
+    moments: _Moments
 
-    def forward_preprocess(self, args: Any) -> None:
-        link = args.link
-        if not _moves_averages(link):
+
+Moves = Dict[int, Dict[_Call, _Move]]  # by the averages
+
+
+class _Collector(chainer.FunctionHook):
+    """Collects what would move running averages, by the averages and by the call."""
+
+    def __init__(self, is_collecting: bool = True) -> None:
+        self.name = f"chainer_accum.BatchStatistics at {id(self):#x}"  # windows may be nested
+        self._moves: Moves = {}
+        self._is_collecting = is_collecting
+        self._pass: Optional[FrameType] = None
+        self._loan: Optional[_Loan] = None
+
+    def __enter__(self) -> Moves:
+        self._pass = sys._getframe(1)
+        super().__enter__()
+        return self._moves
+
+    def __exit__(self, *exception: Any) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Takes the hook away, wherever an interrupt has left it."""
+        chainer.get_function_hooks().pop(self.name, None)
+        self._pass = self._loan = None
+
+    def forward_preprocess(self, function: Any, in_data: Any) -> None:
+        self._loan = None
+        if self._is_collecting and _collectors()[-1] is self:  # what runs in an inner window is for that window
+            self._loan = _make_loan(function)
+            if self._loan is not None:
+                self._loan.begin()
+
+    def forward_postprocess(self, function: Any, in_data: Any) -> None:
+        loan, self._loan = self._loan, None
+        if loan is None:
             return
-        if link.avg_mean is None:  # it takes its shape from its first input
-            with chainer.using_config("train", False), chainer.no_backprop_mode():
-                link.forward(*args.args, **args.kwargs)
-        self._loans.append(_Loan(link, link.avg_mean, link.avg_var, link.decay, link.N))
-        with device_of(link.avg_mean):
-            link.avg_mean, link.avg_var = link.avg_mean.copy(), link.avg_var.copy()
-        link.decay = 0.0
-        link.N = 0  # with which the first step of finetuning has no decay, either
+        mean, variance = loan.end()
+        with device_of(mean):
+            count = in_data[0].size // mean.size
+            # The function estimates the variance of all values there could be; here it is that of these values.
+            moments = _Moments(
+                count, mean.astype(numpy.float64), variance.astype(numpy.float64) * ((count - 1) / count)
+            )
+        moves = self._moves.setdefault(id(loan.averages[0]), {})
+        site, times = self._site(), 0
+        while (site, times) in moves:
+            times += 1
+        moves[site, times] = _Move(loan.averages, loan.decay, moments)
 
-    def forward_postprocess(self, args: Any) -> None:
-        link = args.link
-        if not (self._loans and self._loans[-1].link is link):
-            return
-        x = args.args[0] if args.args else args.kwargs["x"]
-        with device_of(link.avg_mean):
-            count = x.size // link.avg_mean.size
-            mean = link.avg_mean.astype(numpy.float64)
-            variance = link.avg_var.astype(numpy.float64)
-            variance *= (count - 1) / count  # which is what it is of these values; the link estimates that of all
-        self.calls.append((link, _Moments(count, mean, variance, is_finetuning=link.N > 0)))
-        self._loans.pop().end()
-
-    def end_loans(self) -> None:
-        """Ends what a pass that raised has left."""
-        while self._loans:
-            self._loans.pop().end()
-
-
-@contextlib.contextmanager
-def _collecting() -> Iterator[List[Tuple[Any, _Moments]]]:
-    collector = _Collector()
-    try:
-        with collector:
-            yield collector.calls
-    finally:
-        collector.end_loans()
+    def _site(self) -> Tuple[Tuple[CodeType, int], ...]:
+        """Returns the calls that lead from the pass to here, the outermost first."""
+        calls = []
+        frame: Optional[FrameType] = sys._getframe(1)
+        while frame is not None and frame is not self._pass:
+            calls.append((frame.f_code, frame.f_lineno))
+            frame = frame.f_back
+        return tuple(reversed(calls))
 
 
 class BatchStatistics:
-    """The statistics of a window, for all links of batch normalization that its micro-batches pass through.
+    """The statistics of a window, for all functions that normalize batches with running averages.
 
-    They are :class:`~chainer.links.BatchNormalization` and its subclasses.
+    They are :func:`~chainer.functions.batch_normalization` and :func:`~chainer.functions.batch_renormalization`. What
+    micro-batches normalize by the same call of the same averages counts as one batch, so a link that is called twice in
+    a pass moves its averages twice.
 
     Args:
+        target (~chainer.Link): Model, whose links may count how often they have been fine-tuned.
         is_collecting (bool): Whether there is anything to do. If not, running averages move as they always do.
 
     """
 
-    def __init__(self, is_collecting: bool) -> None:
+    def __init__(self, target: chainer.Link, is_collecting: bool) -> None:
         self._is_collecting = is_collecting
-        # By link and by how many times a micro-batch has gone through it before, in the order of the calls.
-        self._moments: Dict[Tuple[int, int], Tuple[Any, _Moments]] = {}
+        links = target.links() if is_collecting else ()
+        self._counts = [(link, link.N) for link in links if isinstance(link, L.BatchNormalization)]
+        self._moves: Moves = {}
+        self._collector: Optional[_Collector] = None
+        self._undo: List[Tuple[Any, Any]] = []
 
-    def collecting(self) -> ContextManager[List[Tuple[Any, _Moments]]]:
-        """Returns a context in which no running average moves, and that returns the list of what would move them."""
-        return _collecting() if self._is_collecting else contextlib.nullcontext([])
+    def collecting(self) -> ContextManager[Moves]:
+        """Context manager in which no running average moves. It yields what would have moved them."""
+        if self._is_collecting:
+            self._collector = _Collector()
+        elif _collectors():  # those of an outer window, which are not to see what runs in this one
+            self._collector = _Collector(is_collecting=False)
+        return self._collector or contextlib.nullcontext({})
 
-    def add(self, calls: List[Tuple[Any, _Moments]]) -> None:
+    def add(self, moves: Moves) -> None:
         """Adds what was collected of one micro-batch."""
-        times: Dict[int, int] = {}
-        for link, moments in calls:
-            time = times[id(link)] = times.get(id(link), -1) + 1
-            if (id(link), time) in self._moments:
-                with device_of(moments.mean):
-                    self._moments[id(link), time][1].merge(moments)
-            else:
-                self._moments[id(link), time] = link, moments
+        for averages, new in moves.items():
+            known = self._moves.setdefault(averages, {})
+            for call, move in new.items():
+                if call in known:
+                    with device_of(move.moments.mean):
+                        known[call].moments.merge(move.moments)
+            if not new.keys() <= known.keys():
+                calls = _in_order(list(known), list(new))
+                self._moves[averages] = {call: known.get(call) or new[call] for call in calls}
 
     def update(self) -> None:
-        """Moves the running averages of each link, once per time that a micro-batch went through it."""
-        for link, moments in self._moments.values():
-            decay = link.decay
-            if moments.is_finetuning:
+        """Moves the running averages, once for each call."""
+        finetuned = {id(link.avg_mean): (link, count) for link, count in self._counts if link.N != count}
+        for link, count in finetuned.values():
+            link.N = count
+        for averages, decay, moments in [move for moves in self._moves.values() for move in moves.values()]:
+            if id(averages[0]) in finetuned:
+                link = finetuned[id(averages[0])][0]
                 link.N += 1
                 decay = 1.0 - 1.0 / link.N
             unbiased = moments.count / max(moments.count - 1.0, 1.0)
-            with device_of(link.avg_mean):
-                for average, value in (link.avg_mean, moments.mean), (link.avg_var, unbiased * moments.variance):
+            for average, value in zip(averages, (moments.mean, unbiased * moments.variance)):
+                with device_of(average):
+                    self._undo.append((average, average.copy()))
                     average *= decay
                     average += (1 - decay) * value.astype(average.dtype)
-        self._moments.clear()
+        self._moves.clear()
+
+    def end(self) -> None:
+        """Takes away what an interrupted pass has left."""
+        if self._collector is not None:
+            self._collector.end()
+
+    def restore(self) -> None:
+        """Undoes what :meth:`update` and the passes have done."""
+        while self._undo:
+            average, value = self._undo.pop()
+            with device_of(average):
+                average[...] = value
+        for link, count in self._counts:
+            link.N = count
 
 
-def _moves_averages(link: Any) -> bool:
-    config = chainer.config
-    return isinstance(link, L.BatchNormalization) and config.train and not config.in_recomputing
+def _in_order(known: List[_Call], new: List[_Call]) -> List[_Call]:
+    """Returns calls in the order in which a pass that makes all of them would make them.
+
+    A pass that makes some of them tells of these. Of others, the one that stands first in the program comes first.
+
+    """
+    order = list(known)
+    for index, call in enumerate(new):
+        if call in order:
+            continue
+        later = [order.index(other) for other in new[index + 1 :] if other in order]
+        if index > 0:
+            order.insert(order.index(new[index - 1]) + 1, call)
+        elif later:
+            order.insert(min(later), call)
+        else:
+            order.insert(sum(_place(other) < _place(call) for other in order), call)
+    return order
+
+
+def _place(call: _Call) -> Tuple[List[int], int]:
+    site, times = call
+    return [line for _, line in site], times
+
+
+def _collectors() -> List[_Collector]:
+    return [hook for hook in chainer.get_function_hooks().values() if isinstance(hook, _Collector)]
+
+
+def _make_loan(function: Any) -> Optional[_Loan]:
+    if isinstance(function, BatchNormalization) and function.running_mean is not None:
+        return _Loan(function, ("running_mean", "running_var"))
+    old = getattr(function, "function", None)  # of an old style, of which Chainer has one such function left
+    if isinstance(old, BatchRenormalizationFunction) and old.update_statistics:
+        return _Loan(old, ("_running_mean", "_running_var"))
+    return None

@@ -48,6 +48,7 @@ def averages(model):
 
 def assert_same_averages(actual, expected, tolerance=1e-6):
     tolerance = slack(tolerance)
+    assert len(averages(actual)) == len(averages(expected)) > 0
     for (mean, var, count), (expected_mean, expected_var, expected_count) in zip(averages(actual), averages(expected)):
         numpy.testing.assert_allclose(mean, expected_mean, rtol=tolerance, atol=tolerance)
         numpy.testing.assert_allclose(var, expected_var, rtol=tolerance, atol=tolerance)
@@ -192,3 +193,146 @@ def test_an_unknown_choice_is_refused():
             chainer.optimizers.SGD(),
             batch_statistics="batch",
         )
+
+
+class Frozen(L.BatchNormalization):
+    def forward(self, x, **kwargs):
+        with chainer.using_config("train", False):
+            return super().forward(x, **kwargs)
+
+
+class FirstColumns(L.BatchNormalization):
+    def forward(self, x, **kwargs):
+        return F.concat([super().forward(x[:, :2], **kwargs), x[:, 2:]])
+
+
+class Twice(L.BatchNormalization):
+    def forward(self, x, **kwargs):
+        super().forward(x, **kwargs)
+        return super().forward(x * 2 + 1, **kwargs)
+
+
+class TakesList(L.BatchNormalization):
+    def forward(self, x, **kwargs):
+        return super().forward(F.concat([x, x + 1], axis=0), **kwargs)[: len(x)]
+
+
+class OnlyWhereThereIsSome(L.BatchNormalization):
+    """Normalizes the examples of each kind by a call of its own, if there are any."""
+
+    def forward(self, x, **kwargs):
+        is_first = chainer.as_array(x)[:, 0] < 0
+        parts = []
+        if is_first.any():
+            parts.append(super().forward(x[is_first], **kwargs))
+        if not is_first.all():
+            parts.append(super().forward(x[~is_first], **kwargs))
+        return F.concat(parts, axis=0)
+
+
+class Mapped(L.BatchNormalization):
+    """Is called by C code, from one instruction that the interpreter may exchange as it warms up."""
+
+    def forward(self, x, **kwargs):
+        return sum(map(super().forward, [x]))
+
+
+class ByFunction(L.BatchNormalization):
+    def forward(self, x, **kwargs):
+        gamma, beta, averages = self.gamma, self.beta, (self.avg_mean, self.avg_var)
+        return F.batch_normalization(x, gamma, beta, running_mean=averages[0], running_var=averages[1], decay=0.7)
+
+
+class Direct(chainer.Chain):
+    """Calls ``forward`` of a link, which link hooks do not see."""
+
+    def __init__(self, normalization):
+        super().__init__()
+        with self.init_scope():
+            self.normalization = normalization
+
+    def forward(self, x, **kwargs):
+        return self.normalization.forward(x, **kwargs)
+
+
+NORMALIZATIONS = {
+    "twice": lambda: Twice(5),
+    "frozen": lambda: Frozen(5),
+    "first columns": lambda: FirstColumns(2),
+    "list": lambda: TakesList(5),
+    "conditional": lambda: OnlyWhereThereIsSome(5),
+    "function": lambda: ByFunction(5),
+    "mapped": lambda: Mapped(5),
+    "called directly": lambda: Direct(L.BatchNormalization(5)),
+    "renormalization": lambda: L.BatchRenormalization(5),
+    "lazy": lambda: L.BatchNormalization(axis=0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(NORMALIZATIONS))
+@pytest.mark.parametrize("micro_batch_size", [1, 5, 7])
+def test_statistics_are_those_of_what_is_normalized_whoever_calls_it(name, micro_batch_size):
+    data = [(x.astype("d") * 3 + 1, t) for x, t in make_dataset(20)]
+    models = []
+    for updater_class, kwargs in (
+        (StandardUpdater, {}),
+        (chainer_accum.AccumulatingUpdater, {"micro_batch_size": micro_batch_size, "batch_statistics": "window"}),
+    ):
+        with chainer.using_config("dtype", numpy.float64), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of batches of one example
+            models.append(FirstNormalized(NORMALIZATIONS[name]()))
+            train(updater_class, models[-1], serial(data, 20), updates=1, **kwargs)
+    assert_same_averages(models[1], models[0], 1e-10)
+
+
+def test_a_window_within_a_window_has_statistics_of_its_own():
+    def make():
+        return FirstNormalized(L.BatchNormalization(5))
+
+    x, t = chainer.dataset.concat_examples(make_dataset(12))
+    outer, inner, expected = make(), make(), make()
+    optimizers = [chainer.optimizers.SGD(0.0).setup(model) for model in (outer, inner)]
+
+    def loss_func(x, t):
+        with chainer_accum.accumulate(optimizers[1], batch_statistics="window") as window:
+            window.add(inner, x * 2, t)
+        return outer(x, t)
+
+    with chainer_accum.accumulate(optimizers[0], batch_statistics="window") as window:
+        for part in (slice(0, 5), slice(5, 12)):
+            window.add(loss_func, x[part], t[part], weight=part.stop - part.start)
+    expected(x, t)
+    assert_same_averages(outer, expected)
+    other = make()
+    for part in (slice(0, 5), slice(5, 12)):
+        other(x[part] * 2, t[part])
+    assert_same_averages(inner, other)
+
+
+def test_a_window_that_does_not_collect_hides_its_passes_from_an_outer_one():
+    x, t = chainer.dataset.concat_examples(make_dataset(12))
+    outer, inner, expected = (FirstNormalized(L.BatchNormalization(5)) for _ in range(3))
+    optimizers = [chainer.optimizers.SGD(0.0).setup(model) for model in (outer, inner)]
+    seen = []
+
+    def loss_func():
+        chainer_accum.create_accumulating_optimizer(optimizers[1], 1).update(inner, x, t)
+        seen.append(averages(inner)[0][0])
+        return outer(x, t)
+
+    with chainer_accum.accumulate(optimizers[0], batch_statistics="window") as window:
+        window.add(loss_func)
+    expected(x, t)
+    numpy.testing.assert_allclose(seen[0], averages(expected)[0][0], rtol=1e-6)
+
+
+def test_fine_tuning_counts_once_per_window():
+    models = []
+    for updater_class, kwargs in (
+        (StandardUpdater, {}),
+        (chainer_accum.AccumulatingUpdater, {"micro_batch_size": 3, "batch_statistics": "window"}),
+    ):
+        models.append(FirstNormalized(L.BatchNormalization(5), passes=2, finetunes=True))
+        train(updater_class, models[-1], serial(make_dataset(24), 12), **kwargs)
+    assert models[1].normalization.N == 6
+    assert_same_averages(models[1], models[0], 1e-5)
