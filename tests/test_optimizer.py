@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import chainer_accum
 import chainer
@@ -36,15 +37,16 @@ def parts_of(sizes):
     return [slice(end - size, end) for size, end in zip(sizes, ends)]
 
 
-def update_with_lossfun(optimizer, part, **kwargs):
-    optimizer.update(optimizer.target, inputs[part], labels[part], **kwargs)
+def update_with_lossfun(optimizer, part, weight=None):
+    arguments = (optimizer.target, inputs[part], labels[part])
+    optimizer.update(*arguments) if weight is None else optimizer.update_weighted(weight, *arguments)
 
 
-def update_with_gradients(optimizer, part, **kwargs):
+def update_with_gradients(optimizer, part, weight=None):
     loss = optimizer.target(inputs[part], labels[part])
     optimizer.target.cleargrads()
     loss.backward(loss_scale=optimizer._loss_scale)
-    optimizer.update(**kwargs)
+    optimizer.update() if weight is None else optimizer.update_weighted(weight)
 
 
 each_call = pytest.mark.parametrize("update", [update_with_lossfun, update_with_gradients])
@@ -148,6 +150,40 @@ def test_a_run_resumed_within_a_window_is_the_same_bit_for_bit(update, calls, tm
     assert_same_optimizer_state(resumed, uninterrupted, 0)
 
 
+@pytest.mark.parametrize("scale", [64.0, 8.0])
+def test_a_window_that_is_flushed_right_after_a_resume_is_divided_by_the_scale_it_had(scale, tmp_path):
+    uninterrupted, resumed = set_up(3), set_up(3)
+    uninterrupted.loss_scaling(scale=64.0)
+    resumed.loss_scaling(scale=scale)
+    update_with_lossfun(uninterrupted, slice(0, 8))
+    save_npz(str(tmp_path / "optimizer.npz"), uninterrupted)
+    save_npz(str(tmp_path / "model.npz"), uninterrupted.target)
+    load_npz(str(tmp_path / "model.npz"), resumed.target)
+    load_npz(str(tmp_path / "optimizer.npz"), resumed)
+    for optimizer in (uninterrupted, resumed):
+        optimizer.flush()
+    assert uninterrupted.t == resumed.t == 1
+    assert_same_parameters(resumed.target, uninterrupted.target, 0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_micro_batch_that_was_skipped_before_a_resume_is_counted_after_it(tmp_path):
+    saved, resumed = (create_accumulating_optimizer(optimizers.SGD(), 2, nonfinite="skip") for _ in range(2))
+    for optimizer in (saved, resumed):
+        optimizer.setup(make_model())
+    saved.update(saved.target, inputs[:8] * numpy.float32("nan"), labels[:8])
+    save_npz(str(tmp_path / "optimizer.npz"), saved)
+    save_npz(str(tmp_path / "model.npz"), saved.target)
+    load_npz(str(tmp_path / "model.npz"), resumed.target)
+    load_npz(str(tmp_path / "optimizer.npz"), resumed)
+    observation = {}
+    with chainer.Reporter().scope(observation):
+        chainer.get_current_reporter().add_observer("main", resumed.target)
+        update_with_lossfun(resumed, slice(8, 16))
+    assert resumed.t == 1
+    assert observation["skipped_micro_batches"] == 1
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_snapshots_load_both_ways_with_the_actual_optimizer(strict, tmp_path):
     for source, target in ((set_up(2), set_up()), (set_up(), set_up(2))):
@@ -186,6 +222,15 @@ def test_a_failed_forward_pass_leaves_the_window_as_it_was():
     update_with_lossfun(optimizer, slice(8, 16))
     for part in parts_of([8, 8]):
         update_with_lossfun(reference, part)
+    assert_same_parameters(optimizer.target, reference.target, 0)
+
+
+def test_there_is_nothing_to_flush_after_a_failed_forward_pass_alone():
+    optimizer, reference = set_up(2), set_up(2)
+    with pytest.raises(chainer.utils.type_check.InvalidType):
+        optimizer.update(optimizer.target.predictor[2], inputs)
+    optimizer.flush()
+    assert optimizer.t == 0
     assert_same_parameters(optimizer.target, reference.target, 0)
 
 
@@ -248,7 +293,7 @@ def test_truncated_backpropagation_through_time_by_hand():
                 model.cleargrads()
                 loss.backward()
                 loss.unchain_backward()
-                optimizer.update(**({"weight": weight} if len(streams) > 1 else {}))
+                optimizer.update() if len(streams) == 1 else optimizer.update_weighted(weight)
 
     class Recurrent(chainer.Chain):
         def __init__(self):
@@ -316,3 +361,94 @@ def test_other_bad_input_is_refused():
     with pytest.raises(TypeError, match="weight must be a number, got 'all'"):
         update_with_lossfun(optimizer, slice(0, 8), weight="all")
     assert chainer_accum.create_accumulating_optimizer is create_accumulating_optimizer
+
+
+def test_it_is_an_optimizer_for_those_who_ask():
+    optimizer = set_up(2)
+    assert isinstance(optimizer, chainer.Optimizer)
+    assert optimizer.lr == optimizer.actual_optimizer.lr
+    optimizer.lr = 0.25
+    assert optimizer.actual_optimizer.hyperparam.lr == 0.25
+    optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(0.1))
+    assert "WeightDecay" in optimizer.actual_optimizer._hookable._pre_update_hooks
+    optimizer.remove_hook("WeightDecay")
+    optimizer.loss_scaling(scale=8.0)
+    assert optimizer.actual_optimizer._loss_scale == optimizer._loss_scale == 8.0
+    optimizer.new_epoch()
+    assert optimizer.epoch == optimizer.actual_optimizer.epoch == 1
+
+
+@each_call
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+@pytest.mark.parametrize("calls", [0, 1, 2, 3])
+def test_a_copy_within_a_window_goes_on_by_itself(update, duplicate, calls):
+    uninterrupted, copied = set_up(3), set_up(3)
+    parts = parts_of([8, 5, 7, 6, 9, 4])
+    for number, part in enumerate(parts):
+        update(uninterrupted, part, part.stop - part.start)
+        if number < calls:
+            update(copied, part, part.stop - part.start)
+    copy_of_it = duplicate(copied)
+    for part in parts[calls:]:
+        update(copy_of_it, part, part.stop - part.start)
+    assert (uninterrupted.t, copy_of_it.t, copied.t) == (2, 2, calls // 3)
+    assert_same_parameters(copy_of_it.target, uninterrupted.target, 0)
+    assert_same_optimizer_state(copy_of_it, uninterrupted, 0)
+
+
+def test_a_loss_function_may_have_an_argument_called_weight():
+    plain, wrapped = set_up(), set_up(1)
+
+    def loss_func(model, part, weight):
+        return model(inputs[part], labels[part]) * weight
+
+    plain.update(loss_func, plain.target, slice(0, 8), weight=0.1)
+    wrapped.update(loss_func, wrapped.target, slice(0, 8), weight=0.1)
+    assert_same_parameters(wrapped.target, plain.target, 0)
+    plain.update(loss_func, plain.target, slice(0, 8), weight=0.1)
+    wrapped.update_weighted(5, loss_func, wrapped.target, slice(0, 8), weight=0.1)
+    assert_same_parameters(wrapped.target, plain.target, 0)
+
+
+def test_a_weight_without_a_loss_function_is_not_taken_for_an_argument():
+    with pytest.raises(TypeError, match="no arguments without a loss function, got weight; to give"):
+        set_up(2).update(weight=3)
+
+
+@pytest.mark.parametrize("value, error", [(0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_steps_that_are_set_are_checked(value, error):
+    optimizer = set_up(2)
+    with pytest.raises(error, match="accumulation_steps must be an int of 1 or more, got"):
+        optimizer.accumulation_steps = value
+    assert optimizer.accumulation_steps == 2
+
+
+def test_steps_may_be_set_within_a_window():
+    optimizer = set_up(4)
+    for part in parts_of([4, 4]):
+        update_with_lossfun(optimizer, part)
+    optimizer.accumulation_steps = 3
+    update_with_lossfun(optimizer, slice(8, 12))
+    assert optimizer.t == 1
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_pass_that_raises_is_undone_and_the_window_goes_on(calls):
+    class Counting(chainer.Chain):
+        def __init__(self):
+            super().__init__(linear=L.Linear(5, 3, initialW=numpy.ones((3, 5))))
+            self.add_persistent("passes", 0)
+
+        def forward(self, x, t):
+            self.passes += 1
+            return F.softmax_cross_entropy(self.linear(x), t)
+
+    optimizer = create_accumulating_optimizer(optimizers.SGD(0.1), 2).setup(Counting())
+    for part in parts_of([4] * calls):
+        update_with_lossfun(optimizer, part)
+    with pytest.raises(TypeError, match="incompatible array types"):
+        optimizer.update(optimizer.target, inputs[:3], 0)
+    assert optimizer.target.passes == calls
+    for part in parts_of([4, 4])[calls:]:
+        update_with_lossfun(optimizer, part)
+    assert (optimizer.t, optimizer.target.passes) == (1, 2)
