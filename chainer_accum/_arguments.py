@@ -18,6 +18,8 @@ def check_instance(optimizer: Any, name: str) -> None:
 def check_set_up(optimizer: Any, name: str) -> None:
     """Raises TypeError for what is no optimizer, and ValueError unless it has been set up with a model."""
     check_instance(optimizer, name)
+    if not callable(getattr(optimizer, "setup", None)) or not callable(getattr(optimizer, "update", None)):
+        raise TypeError(f"{name} must be an optimizer, got {optimizer!r}; pass one such as chainer.optimizers.Adam()")
     if getattr(optimizer, "target", None) is None:
         raise ValueError(
             f"{name} must be set up with a model, got {type(optimizer).__name__} without one; "
@@ -61,6 +63,22 @@ def check_real(name: str, value: Any, is_possible: Callable[[float], bool], expe
     if not is_possible(float(value)):
         raise ValueError(message)
     return float(value)
+
+
+def call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Returns what a function of the user returns, whose StopIteration must not be taken for the end of the data.
+
+    Raises:
+        RuntimeError: If it raises StopIteration.
+
+    """
+    try:
+        return function(*args, **kwargs)
+    except StopIteration as error:
+        raise RuntimeError(
+            f"{name} must not raise StopIteration, got it from {function!r}; only the iterator says that data has "
+            "ended, so catch it, as of next(), where it is raised"
+        ) from error
 
 
 def check_weight(weight: Any, name: str) -> float:

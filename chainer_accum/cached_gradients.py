@@ -9,14 +9,16 @@ as the encoder does the same both times, which is for this module to see to.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+import inspect
+from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import chainer
 import numpy
 from chainer.dataset import concat_examples
 
-from chainer_accum._arguments import check_callable
+from chainer_accum._arguments import call, check_callable
 from chainer_accum._devices import device_of
 from chainer_accum.distributed import begin_window, communicator_of
 from chainer_accum.micro_batches import MicroBatches, WeightFunc
@@ -142,27 +144,28 @@ class CachedGradientUpdater(AccumulatingUpdater):
     def _is_standard(self) -> bool:
         return False  # the step of StandardUpdater knows of no encoder
 
-    def _try_passes(self, micro_batches: MicroBatches) -> Tuple[Window, Dict[str, Any]]:
-        optimizer = self.get_optimizer("main")
+    def _begin_window(self, micro_batches: MicroBatches) -> Window:
         # The gradients of the passes are parts of one gradient, not gradients of which to take a mean.
-        window = begin_window(optimizer, "sum")
+        return begin_window(self.get_optimizer("main"), "sum", links=self._links(), undoes_passes=False)
+
+    def _try_passes(self, window: Window, micro_batches: MicroBatches) -> Dict[str, Any]:
         of_encoder, of_loss = Observations(self._observation_rules), Observations()
         parts = list(micro_batches)
         with fitting(window, micro_batches, parts[0].examples):
             self._initialize_parameters(parts[0].examples)
-        before = _State(optimizer.target)
+        before = _State(self._links())
         encoded = []
         for micro_batch in parts:
             with fitting(window, micro_batches, micro_batch.examples), of_encoder.collecting() as observation:
-                with chainer.no_backprop_mode():
+                with before.following(), chainer.no_backprop_mode():
                     encoded.append(_copies(_by_name(self._encode(micro_batch.examples))))
             of_encoder.add(observation, micro_batch.weight)
         cache = _Cache(encoded)
         del encoded  # which the cache has put together
         with of_loss.collecting() as observation:
-            window.add(cache.compare, self.loss_func)
+            window.add(cache.compare, functools.partial(call, "the loss function", self.loss_func))
         of_loss.add(observation, 1.0)
-        after = _State(optimizer.target)
+        after = before.checkpoint()
         before.restore()
         for index, micro_batch in enumerate(parts if cache.has_gradient else ()):
             # What is reported has been reported already.
@@ -170,10 +173,13 @@ class CachedGradientUpdater(AccumulatingUpdater):
                 window.add(cache.replay, index, functools.partial(self._encode, micro_batch.examples))
         cache.check_replay()
         after.restore()
-        return window, {**of_encoder.merged(), **of_loss.merged()}
+        return {**of_encoder.merged(), **of_loss.merged()}
 
     def _encode(self, examples: Any) -> Any:
-        return self._bind(self.encoder or self.get_optimizer("main").target, examples)()
+        encode = self._bind(self.encoder or self.get_optimizer("main").target, examples)
+        if self.iteration == 0:
+            _check_arguments(encode)
+        return call("encoder", encode)
 
     def _initialize_parameters(self, examples: Any) -> None:
         """Initializes the lazy parameters of the encoder, for the random numbers that they draw cannot be replayed.
@@ -183,8 +189,10 @@ class CachedGradientUpdater(AccumulatingUpdater):
         """
         optimizer = self.get_optimizer("main")
         if optimizer.t == 0 and not all(param.is_initialized for param in optimizer.target.params()):
+            before = PersistentValues(self._links(), has_state=False)
             with Observations().collecting(), chainer.no_backprop_mode(), chainer.using_config("train", False):
                 self._encode(examples)
+            before.restore()
 
 
 class _Cache:
@@ -215,7 +223,10 @@ class _Cache:
     def compare(self, loss_func: Callable[..., chainer.Variable]) -> chainer.Variable:
         """Returns the loss of all micro-batches together."""
         args = [value for name, value in self._whole.items() if isinstance(name, int)]
-        return loss_func(*args, **{name: value for name, value in self._whole.items() if isinstance(name, str)})
+        loss = loss_func(*args, **{name: value for name, value in self._whole.items() if isinstance(name, str)})
+        for variable in self._variables().values():
+            variable.cleargrad()  # of a backward pass that the loss function may have run, as for the parameters
+        return loss
 
     def replay(self, index: int, encode: Callable[[], Any]) -> chainer.Variable:
         """Encodes a micro-batch again and returns a scalar whose gradient leads on from the cached gradients."""
@@ -263,18 +274,56 @@ class _State:
     """What a forward pass changes without returning it: random generators and persistent values.
 
     Args:
-        target (~chainer.Link): Link whose persistent values and whose devices are meant.
+        links: Links whose persistent values and whose devices are meant, as far as they are known.
+        values (PersistentValues): Their persistent values, if these are remembered already.
 
     """
 
-    def __init__(self, target: chainer.Link) -> None:
-        self._random = RandomState(devices_of([target]))
-        self._persistent = PersistentValues([target])
+    def __init__(self, links: Sequence[Optional[chainer.Link]], values: Optional[PersistentValues] = None) -> None:
+        self._links = links
+        self._random = RandomState(devices_of(links))
+        # Other state is not to be replayed: if it matters, the encoder does not treat a micro-batch by itself.
+        self._values = PersistentValues(links, has_state=False) if values is None else values
+
+    def following(self) -> ContextManager[None]:
+        """Context manager for passes that may call other links, which are remembered as well."""
+        return self._values.following()
+
+    def checkpoint(self) -> _State:
+        """Returns the present state of the same."""
+        return _State(self._links, self._values.checkpoint())
 
     def restore(self) -> None:
         """Goes back to the state."""
         self._random.restore()
-        self._persistent.restore()
+        self._values.restore()
+
+
+def _check_arguments(encode: Any) -> None:
+    """Raises TypeError if an encoder cannot take the arguments to which it is bound.
+
+    A link for a layer often takes further arguments by default, such as a number of axes, for which labels are taken.
+
+    """
+    encoder, signature = encode.func, None
+    is_link = isinstance(encoder, chainer.Link) and type(encoder).__call__ is chainer.Link.__call__
+    with contextlib.suppress(TypeError, ValueError):  # of what is not written in Python, there may be no signature
+        signature = inspect.signature(encoder.forward if is_link else encoder)
+    if signature is None:
+        return
+    try:
+        bound = signature.bind(*encode.args, **encode.keywords).arguments
+    except TypeError:
+        is_wrong = True
+    else:
+        options = [name for name in bound if isinstance(signature.parameters[name].default, (bool, int, float, str))]
+        is_wrong = any(isinstance(bound[name], (chainer.Variable, *chainer.get_array_types())) for name in options)
+    if is_wrong:
+        arguments = [*encode.args, *encode.keywords]
+        raise TypeError(
+            f"encoder must take all that the converter returns, got {len(arguments)} arguments for {encoder!r}, which "
+            f"takes {signature}; pass on what is not encoded, such as labels: encoder=lambda x, t: (model(x), t)"
+        )
 
 
 def _by_name(encoded: Any) -> Dict[_Name, Any]:

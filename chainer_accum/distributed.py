@@ -15,6 +15,7 @@ up, or from parameters that they have shared.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -23,7 +24,6 @@ import numpy
 
 from chainer_accum._devices import device_of
 from chainer_accum.observations import reporting_to
-from chainer_accum.persistent_values import PersistentValues
 from chainer_accum.window import Window
 
 
@@ -107,9 +107,7 @@ class MultiNodeWindow(Window):
         self._is_in_lockstep = links_communicate(optimizer)
         self._has_begun = False
         self._unborn: List[chainer.Parameter] = []
-        self._persistent_values: Optional[PersistentValues] = None
         self._passes: List[Callable[[], Any]] = []
-        self._has_gradients_of_caller = False
         self._global_weight = 0.0
         self.has_data = False
 
@@ -126,7 +124,7 @@ class MultiNodeWindow(Window):
                 is over: it was updated, or a pass of it failed where the ranks cannot repeat it.
 
         """
-        self._check_open()
+        self.check_open()
         self._share_parameters_at_first()
         run = functools.partial(super().add, lossfun, *args, weight=weight, **kwargs)
         if self._is_in_lockstep:
@@ -147,53 +145,51 @@ class MultiNodeWindow(Window):
             RuntimeError: If they were computed before the ranks had the same parameters, which they have from then on.
 
         """
-        self._check_open()
-        self._has_gradients_of_caller = True
+        self.check_open()
+        self._has_taken_gradients = True
         self._share_parameters_at_first()
         return super().add_gradients(weight)
 
     def update(self) -> bool:
         """Updates the parameters of all ranks once, if any of them had a micro-batch. See :meth:`Window.update`."""
-        self._check_open()
+        self.check_open()
         self._share_parameters_at_first()
         if self._is_in_lockstep:
             self._agree_on_pass(False)
         if self._unborn:
             self._share_new_parameters()
-        self._global_weight = self._sum_over_ranks(self._weight)
+        self._global_weight = self._sum_over_ranks(self.weights.total)
+        if not math.isfinite(self._global_weight):
+            self.is_open = False
+            raise ValueError(
+                f"the weights of all ranks must have a finite sum, got {self._global_weight}; scale them down"
+            )
         self.has_data = self._global_weight > 0 or self._sum_over_ranks(self.micro_batches) > 0
         if self.has_data:
             return super().update()
         self.is_open = False
         return False
 
-    def _correction(self) -> float:
+    def _give_gradients(self) -> None:
         ranks = float(self._communicator.size)  # by which ChainerMN will divide the sum
-        if not self._is_mean:
-            return ranks
-        if not self._expected_weight or not self._global_weight:
-            return 1.0
-        return self._expected_weight * ranks / self._global_weight
-
-    def _divisor_of_window(self) -> float:
-        # What the parameters have is this rank's part of what will be the mean over the ranks.
-        part = self._weight / self._global_weight if self._is_mean and self._global_weight else 1.0
-        return super()._divisor_of_window() * float(self._communicator.size) * part
-
-    def _is_all_skipped(self) -> bool:
-        return self._global_weight == 0 and self._sum_over_ranks(self.skipped_micro_batches) > 0
-
-    def _step(self) -> None:
+        weights = self.weights
+        if self._is_mean and weights:
+            part = ranks / self._global_weight
+            self._gradients.give(weights.divisor * part, weights.total * part)
+        else:
+            self._gradients.give(1.0 if self._is_mean else ranks, ranks)
         for param in self._optimizer.target.params(include_uninit=False):
             with device_of(param.array):
                 if param.grad is None:  # not so on the other ranks, maybe, and what one sends, all must
                     param.grad = param.xp.zeros(param.shape, param.dtype)
                 elif not param.grad.flags.c_contiguous:  # of which ChainerMN would average a copy
                     param.grad = param.xp.ascontiguousarray(param.grad)
-            if not self._has_gradients_of_caller:
-                param._loss_scale = self._loss_scale  # even if the backward passes were those of other ranks
+            if not self._has_taken_gradients:
+                param._loss_scale = self._gradients.loss_scale  # even if the backward passes were those of other ranks
         self._optimizer.is_changed(self._optimizer.target)  # from here on, no parameter is new to it
-        super()._step()
+
+    def _is_all_skipped(self) -> bool:
+        return self._global_weight == 0 and self._sum_over_ranks(self._has_skipped_weight) > 0
 
     def _share_parameters_at_first(self) -> None:
         """Gives the ranks the same parameters if these are new to the optimizer."""
@@ -203,21 +199,18 @@ class MultiNodeWindow(Window):
         target = self._optimizer.target
         have_differed = self._optimizer.is_changed(target) and share_parameters(target, self._communicator)
         # There are micro-batches already if the window is one of a run that was resumed.
-        if have_differed and (self._has_gradients_of_caller or self.micro_batches > 0):
+        if have_differed and (self._has_taken_gradients or self.micro_batches > 0):
             self._refuse_gradients()
         self._unborn = [param for param in target.params() if param.array is None]
-        if self._unborn:
-            self._persistent_values = PersistentValues([target])
 
     def _share_new_parameters(self) -> None:
         """Gives the ranks the same new parameters, and runs all passes again if these have had other ones."""
         is_born = any(param.array is not None for param in self._unborn)
         if not self._sum_over_ranks(is_born) or not share_parameters(self._optimizer.target, self._communicator):
             return
-        if self._has_gradients_of_caller:
+        if self._has_taken_gradients:
             self._refuse_gradients()
-        assert self._persistent_values is not None
-        self._persistent_values.restore()
+        self._effects.undo_all()
         self._begin()
         with reporting_to({}):
             for run in self._passes:

@@ -1,79 +1,18 @@
-"""Training loops: what a loop of your own needs, the one that is written by hand, and the Trainer, done right."""
+"""Training loops: the one that is written by hand, and the Trainer, done right."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import pathlib
-from typing import Any, Callable, Dict, Iterator, List, Optional, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Union
 
 import chainer
 from chainer.training import Trainer, extensions
 
-from chainer_accum._arguments import check_callable, check_choice, check_instance, check_int, check_set_up, check_weight
-from chainer_accum.batch_statistics import BATCH_STATISTICS
-from chainer_accum.distributed import begin_window
+from chainer_accum._arguments import check_callable, check_instance, check_int
 from chainer_accum.extensions.accumulate import Accumulate
-from chainer_accum.schedules import Steps, make_schedule
+from chainer_accum.schedules import Schedule, Steps
 from chainer_accum.updater import AccumulatingUpdater
-from chainer_accum.window import LOSS_REDUCTIONS, NONFINITE, Window
-
-
-@contextlib.contextmanager
-def accumulate(
-    optimizer: Any,
-    *,
-    loss_reduction: str = "mean",
-    expected_weight: Optional[float] = None,
-    nonfinite: str = "keep",
-    batch_statistics: str = "micro_batch",
-) -> Iterator[Window]:
-    """Returns a context in which losses are added up, and after which the optimizer updates once.
-
-    This is gradient accumulation for a training loop of your own:
-
-    .. code-block:: python
-
-        with accumulate(optimizer) as window:
-            for x, t in micro_batches:
-                window.add(model, x, t, weight=len(x))
-
-    The step is that of ``optimizer.update(model, ...)`` with all examples at once. A block that raises or that adds
-    nothing changes neither the parameters nor the optimizer.
-
-    Args:
-        optimizer (~chainer.Optimizer): Optimizer that has been set up with the model.
-        loss_reduction (str): ``'mean'`` or ``'sum'``: what the losses are of their examples.
-        expected_weight (float): What the weights are likely to add up to. It sets the magnitude of the gradients on
-            their way, which matters in float16, not that of the result.
-        nonfinite (str): What is done with a micro-batch whose loss or gradient is not finite. ``'keep'`` counts it like
-            any other, as Chainer does; ``'skip'`` leaves it out, with its weight and what it did to persistent values;
-            ``'raise'`` raises :class:`FloatingPointError`. The last two wait for the device in each pass, and hold a
-            second set of gradients. With dynamic loss scaling, a gradient that is not finite is kept, for the optimizer
-            to find and to lower the scale.
-        batch_statistics (str): When the running averages of :class:`~chainer.links.BatchNormalization` move. With
-            ``'micro_batch'``, each forward pass moves them, as in Chainer. With ``'window'``, the update moves them
-            once, by the statistics of all that passed through the link in this window, as one forward pass would have.
-            What is normalized is still normalized by the statistics of its micro-batch.
-
-    Returns:
-        A context manager that returns a :class:`~chainer_accum.window.Window`.
-
-    Raises:
-        FloatingPointError: If a micro-batch is not finite and ``nonfinite`` is ``'raise'``.
-        ValueError: If the optimizer has not been set up or an option is unknown.
-
-    """
-    check_set_up(optimizer, "optimizer")
-    check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
-    check_choice("nonfinite", nonfinite, NONFINITE)
-    check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
-    if expected_weight is not None and check_weight(expected_weight, "expected_weight") == 0:
-        raise ValueError("expected_weight must be positive, got 0; use None to take the first weight")
-    window = begin_window(optimizer, loss_reduction, expected_weight, nonfinite, batch_statistics)
-    yield window
-    if window.micro_batches > 0 or window.is_shared:
-        window.update()
 
 
 def train_model(
@@ -99,7 +38,8 @@ def train_model(
 
     Returns:
         list of dict: For each epoch, ``'epoch'``, counted from 1, the ``'loss'``, and every other scalar that the model
-        reported, such as ``'main/accuracy'``: means over the examples of the updates that ended in the epoch.
+        reported, such as ``'main/accuracy'``: means over the examples of the updates that ended in the epoch. Epochs
+        that end within the same update have the same means.
 
     Raises:
         ValueError: If the optimizer was set up with another model, or a number is not positive.
@@ -114,6 +54,7 @@ def train_model(
     history: List[Dict[str, float]] = []
     summary = chainer.DictSummary()
     while updater.epoch < num_epochs:
+        epoch = updater.epoch
         observation: Dict[str, Any] = {}
         try:
             with reporter.scope(observation):
@@ -124,7 +65,7 @@ def train_model(
         summary.add({key: value if isinstance(value, tuple) else (value, weight) for key, value in observation.items()})
         if updater.is_new_epoch:
             means = {key: float(mean) for key, mean in summary.compute_mean().items()}
-            history.append({"epoch": updater.epoch, **means})
+            history += [{"epoch": ended, **means} for ended in range(epoch + 1, updater.epoch + 1)]
             summary = chainer.DictSummary()
     return history
 
@@ -183,7 +124,9 @@ def _make_updater(
             raise TypeError(f"{name} must have the method {method}, got {value!r}; look at the order of the arguments")
     if loss_func is not None:
         check_callable("loss_func", loss_func, "pass a function, or None if the model returns the loss")
-    schedule = make_schedule(accumulation_steps)  # a function: with that, the updater always counts examples
+    Schedule(accumulation_steps)  # which checks it
+    if not callable(accumulation_steps) and not isinstance(accumulation_steps, Mapping):
+        accumulation_steps = {0: accumulation_steps}  # with that, the updater always counts examples
     target = getattr(optimizer, "target", None)
     if target is None:
         optimizer.setup(model)
@@ -197,7 +140,7 @@ def _make_updater(
         optimizer,
         device=device,
         loss_func=functools.partial(_report_loss, loss_func or model),
-        accumulation_steps=schedule,
+        accumulation_steps=accumulation_steps,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Hashable, Iterator, List, NamedTuple, Optional
 
-from chainer_accum._arguments import check_weight
+from chainer_accum._arguments import call, check_weight
 
 EPOCH_BOUNDARIES = ("carry", "flush")
 
@@ -37,16 +37,19 @@ class MicroBatches:
         weight_func (callable): Maps the examples of a micro-batch to its weight, or ``None`` to count the examples.
         epoch_boundary (str): ``'carry'`` or ``'flush'``.
         is_repeatable (bool): Whether the iterator batches are kept, so that the iteration can begin again.
+        likely_weight (float): What an iterator batch is likely to weigh, as far as that is known from others.
 
     Attributes:
         is_repeatable (bool): See the argument.
-        is_new_epoch (bool): Whether an epoch ended with one of the iterator batches read so far.
+        num_batches (int): How many iterator batches have been read so far.
+        num_epochs (int): How many epochs ended with them.
         examples (int): How many examples have been read so far, as far as batches are lists of them.
         skipped_examples (int): How many of them do not count after all.
         largest_batch (int): How many of them were in the largest iterator batch.
         shapes: Shapes of the arrays in the first example.
-        expected_weight (float): What the weights of the window add up to if every iterator batch is like the first one,
+        regular_weight (float): What the weights of the window add up to if every iterator batch is like the first one,
             or ``None`` if that one counts for nothing.
+        largest_weight (float): What the heaviest of the iterator batches counts for.
 
     Raises:
         StopIteration: If the iterator has no batch left.
@@ -61,6 +64,7 @@ class MicroBatches:
         weight_func: Optional[WeightFunc] = None,
         epoch_boundary: str = "carry",
         is_repeatable: bool = False,
+        likely_weight: float = 0.0,
     ) -> None:
         self._iterator = iterator
         self._accumulation_steps = accumulation_steps
@@ -70,20 +74,29 @@ class MicroBatches:
         self.is_repeatable = is_repeatable
         self._batches: List[Any] = []
         self._parts: List[List[MicroBatch]] = []
-        self.is_new_epoch = False
+        self._likely_weight = likely_weight
+        self._weight = 0.0
+        self.largest_weight = 0.0
+        self.num_batches = 0
+        self.num_epochs = 0
         self.examples = 0
         self.skipped_examples = 0
         self.largest_batch = 0
         self._read()
+        self.regular_weight: Optional[float] = accumulation_steps * self._weight or None
         first = self._parts[0][0].examples
         self.shapes: Hashable = _shapes(first[0]) if _is_list(first) else None
-        weight = sum(micro_batch.weight for micro_batch in self._parts[0])
-        self.expected_weight: Optional[float] = accumulation_steps * weight or None
+
+    @property
+    def expected_weight(self) -> float:
+        """What the weights of the window add up to if no iterator batch to come is heavier than those so far."""
+        to_come = self._accumulation_steps - self.num_batches
+        return self._weight + to_come * max(self.largest_weight, self._likely_weight)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for _ in range(self._accumulation_steps):
             if not self._parts:
-                if self._flushes and self.is_new_epoch:
+                if self._flushes and self.num_epochs > 0:
                     return
                 try:
                     self._read()
@@ -105,13 +118,18 @@ class MicroBatches:
 
     def _read(self) -> None:
         batch = self._iterator.next()
-        self.is_new_epoch = self.is_new_epoch or bool(self._iterator.is_new_epoch)
+        self.num_batches += 1
+        self.num_epochs += bool(self._iterator.is_new_epoch)
         size = len(batch) if _is_list(batch) else 0
         self.examples += size
         self.largest_batch = max(self.largest_batch, size)
         if self.is_repeatable:
             self._batches.append(batch)
-        self._parts.append(self._split(batch))
+        parts = self._split(batch)
+        weight = sum(micro_batch.weight for micro_batch in parts)
+        self._weight += weight
+        self.largest_weight = max(self.largest_weight, weight)
+        self._parts.append(parts)
 
     def _split(self, batch: Any) -> List[MicroBatch]:
         if self._micro_batch_size is None:
@@ -126,7 +144,7 @@ class MicroBatches:
     def _weigh(self, examples: Any) -> float:
         if self._weight_func is None:
             return float(_count(examples, "to be weighted by its examples, a batch", "pass a weight_func"))
-        return check_weight(self._weight_func(examples), "the value of weight_func")
+        return check_weight(call("weight_func", self._weight_func, examples), "the value of weight_func")
 
 
 def _shapes(example: Any) -> Hashable:

@@ -25,7 +25,8 @@ def serialize_mixed_precision(optimizer: Any, serializer: Any, prefix: str) -> N
 
     """
     # Chainer has no public way to these, as it has none to serialize them.
-    if optimizer._loss_scaling_is_dynamic:
+    is_new = optimizer.t == 0 and isinstance(serializer, chainer.Serializer)  # it is as the program has made it
+    if optimizer._loss_scaling_is_dynamic and not is_new:
         with contextlib.suppress(KeyError):
             optimizer._loss_scale = serializer(f"{prefix}loss_scale", optimizer._loss_scale)
             was_nonfinite = serializer(f"{prefix}was_nonfinite", optimizer._loss_scaling_isnan_ever)

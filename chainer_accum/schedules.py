@@ -1,20 +1,20 @@
 """How many iterator batches make a window, and when that changes.
 
-A schedule is asked as each window begins and is a function of the updater, whose epoch and iteration are in every
+A schedule is asked once, as its window begins, and is a function of the updater, whose epoch and iteration are in every
 snapshot. So it needs no state of its own, and a resumed run goes on with the k that it would have had.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Union
+from typing import Any, Callable, Mapping, Optional, Union
 
-from chainer_accum._arguments import check_int
+from chainer_accum._arguments import call, check_int
 
 Steps = Union[int, Mapping[int, int], Callable[[Any], int]]
 
 
-def make_schedule(accumulation_steps: Steps) -> Callable[[Any], int]:
-    """Returns a function that maps an updater to the number of iterator batches in its next window.
+class Schedule:
+    """The number of iterator batches in each window.
 
     Args:
         accumulation_steps: A number; or a dictionary that maps epochs, counted from 0, to the number that holds from
@@ -25,19 +25,35 @@ def make_schedule(accumulation_steps: Steps) -> Callable[[Any], int]:
         ValueError: If a number is not positive, an epoch is negative, or the dictionary is empty.
 
     """
-    if callable(accumulation_steps):
-        function = accumulation_steps
-        return lambda updater: _check_steps("the value of accumulation_steps", function(updater))
-    if isinstance(accumulation_steps, Mapping):
-        if not accumulation_steps:
-            raise ValueError("accumulation_steps must map epochs to numbers, got {}; for example {0: 1, 10: 4}")
-        by_epoch = {0: 1}
-        for epoch, steps in accumulation_steps.items():
-            epoch = check_int("an epoch in accumulation_steps", epoch, 0, "count epochs from 0")
-            by_epoch[epoch] = _check_steps(f"accumulation_steps[{epoch}]", steps)
-        return lambda updater: by_epoch[max(epoch for epoch in by_epoch if epoch <= updater.epoch)]
-    steps = _check_steps("accumulation_steps", accumulation_steps)
-    return lambda updater: steps
+
+    def __init__(self, accumulation_steps: Steps) -> None:
+        self._function: Optional[Callable[[Any], int]] = None
+        self._by_epoch = {0: 1}
+        if callable(accumulation_steps):
+            self._function = accumulation_steps
+        elif isinstance(accumulation_steps, Mapping):
+            if not accumulation_steps:
+                raise ValueError("accumulation_steps must map epochs to numbers, got {}; for example {0: 1, 10: 4}")
+            for epoch, steps in accumulation_steps.items():
+                epoch = check_int("an epoch in accumulation_steps", epoch, 0, "count epochs from 0")
+                self._by_epoch[epoch] = _check_steps(f"accumulation_steps[{epoch}]", steps)
+        else:
+            self._by_epoch[0] = _check_steps("accumulation_steps", accumulation_steps)
+
+    def ask(self, updater: Any) -> int:
+        """Returns the number for the window that begins."""
+        if self._function is None:
+            return self._find(updater)
+        return _check_steps("the value of accumulation_steps", call("accumulation_steps", self._function, updater))
+
+    def known(self, updater: Any) -> Optional[int]:
+        """Returns the number for the next window, or ``None`` if that is for a function to say."""
+        return None if self._function is not None else self._find(updater)
+
+    def _find(self, updater: Any) -> int:
+        if len(self._by_epoch) == 1:
+            return self._by_epoch[0]
+        return self._by_epoch[max(start for start in self._by_epoch if start <= updater.epoch)]
 
 
 def _check_steps(name: str, value: Any) -> int:

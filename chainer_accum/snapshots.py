@@ -44,7 +44,9 @@ def load_snapshot(filename: Union[str, os.PathLike[str]], target: Any) -> None:
     before = DictionarySerializer()
     with contextlib.suppress(RuntimeError):  # a Trainer that has not run has no elapsed time, which comes last of all
         target.serialize(before)
-    rules = _rules_without_state(target)
+    optimizers = _optimizers_of(target)
+    scalings = [_loss_scaling_of(optimizer) for optimizer in optimizers]  # not saved before there is an update
+    rules = _rules_without_state(optimizers)
     try:
         for rule in rules:
             rule._state = _state_to_come(rule)
@@ -58,6 +60,8 @@ def load_snapshot(filename: Union[str, os.PathLike[str]], target: Any) -> None:
         for rule in rules:
             rule._state = None
         target.serialize(NpzDeserializer(before.target, strict=False))
+        for optimizer, scaling in zip(optimizers, scalings):
+            vars(optimizer).update(scaling)
     target.serialize(NpzDeserializer(values))
 
 
@@ -75,10 +79,17 @@ def _read(filename: Union[str, os.PathLike[str]]) -> Dict[str, numpy.ndarray]:
         ) from error
 
 
-def _rules_without_state(target: Any) -> List[Any]:
-    """Returns the update rules that would read a state and have none yet."""
+def _optimizers_of(target: Any) -> List[Any]:
     updater = getattr(target, "updater", target)
-    optimizers = updater.get_all_optimizers().values() if hasattr(updater, "get_all_optimizers") else [target]
+    return list(updater.get_all_optimizers().values()) if hasattr(updater, "get_all_optimizers") else [target]
+
+
+def _loss_scaling_of(optimizer: Any) -> Dict[str, Any]:
+    return {name: value for name, value in vars(optimizer).items() if name.startswith("_loss_scal")}
+
+
+def _rules_without_state(optimizers: List[Any]) -> List[Any]:
+    """Returns the update rules that would read a state and have none yet."""
     links = [getattr(optimizer, "target", None) for optimizer in optimizers]
     rules = [param.update_rule for link in links if link is not None for param in link.params()]
     return [rule for rule in rules if rule is not None and rule.enabled and rule.state is None]

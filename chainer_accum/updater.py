@@ -10,24 +10,27 @@ import math
 import numbers
 import sys
 import warnings
-from typing import Any, Callable, Dict, Iterator, Mapping, NoReturn, Optional, Tuple, Union
+from types import FrameType
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NoReturn, Optional, Tuple, Union
 
 import chainer
 from chainer.dataset import ConcatWithAsyncTransfer, concat_examples
+from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
 
-from chainer_accum._arguments import check_bool, check_callable, check_choice, check_int, check_set_up
+from chainer_accum._arguments import call, check_bool, check_callable, check_choice, check_int, check_set_up
 from chainer_accum._devices import free_memory
+from chainer_accum._signals import DeferredSignals
 from chainer_accum.batch_statistics import BATCH_STATISTICS
 from chainer_accum.distributed import begin_window, communicator_of, finish, links_communicate, update_without_data
 from chainer_accum.gradient_norms import GradientNorms
 from chainer_accum.micro_batches import EPOCH_BOUNDARIES, MicroBatch, MicroBatches, WeightFunc
 from chainer_accum.mixed_precision import serialize_mixed_precision
-from chainer_accum.observations import OBSERVATION_RULES, Observations
-from chainer_accum.persistent_values import PersistentValues
+from chainer_accum.observations import ObservationRules, Observations, reporting_to
+from chainer_accum.optimizer import check_not_accumulating
 from chainer_accum.prefetching import prepare_ahead, prepare_lazily
 from chainer_accum.random_state import RandomState
-from chainer_accum.schedules import Steps, make_schedule
+from chainer_accum.schedules import Schedule, Steps
 from chainer_accum.tuning import MicroBatchSize, TunedMicroBatchSize
 from chainer_accum.window import LOSS_REDUCTIONS, NONFINITE, Window
 
@@ -85,8 +88,11 @@ class AccumulatingUpdater(StandardUpdater):
         epoch_boundary (str): ``'carry'`` lets an effective batch run across the end of an epoch, as a large batch does;
             ``'flush'`` ends it there, with fewer examples.
         observation_rules (dict): Maps keys of the observation, such as ``'main/n_correct'``, to how the values that the
-            micro-batches reported become one: ``'mean'`` (by weight; the default), ``'sum'`` or ``'last'``. Of values
-            that are not scalars, the last is reported.
+            micro-batches reported become one: ``'mean'`` (by weight), ``'sum'`` or ``'last'``. Without a rule, scalars
+            become means, and the last of all other values is reported. ``'mean'`` and ``'sum'`` also merge arrays,
+            elementwise. Counts need ``'sum'``, among them the numerator and the denominator of
+            :class:`~chainer.training.extensions.MicroAverage`. If the first update does not report a key that has a
+            rule, there is a :class:`RuntimeWarning`.
         prefetch (bool): Whether the next micro-batch of an update is read from the iterator and converted in a thread
             while the present one computes. Then one more converted micro-batch is alive at a time. If the iterator, the
             dataset or the converter draws from the random generators that the model draws from, as an iterator that
@@ -163,12 +169,18 @@ class AccumulatingUpdater(StandardUpdater):
         _check_main("optimizer", optimizers, "an optimizer", "update", "the optimizer comes second")
         for name, each in optimizers.items():
             check_set_up(each, f"optimizer {name!r}")
+        check_not_accumulating("optimizer", optimizers["main"], "an updater that accumulates")
         check_callable("converter", converter, "to accumulate, pass accumulation_steps or micro_batch_size by keyword")
+        if isinstance(converter, chainer.Link):
+            raise TypeError(
+                f"converter must not be a model, got {type(converter).__name__}; the optimizer has the model, and "
+                "a loss function is passed by keyword: loss_func=model"
+            )
         if loss_func is not None:
             check_callable("loss_func", loss_func)
         if weight_func is not None:
             check_callable("weight_func", weight_func)
-        make_schedule(accumulation_steps)  # which checks it
+        Schedule(accumulation_steps)  # which checks it
         self._size = _make_size(micro_batch_size)
         if split_when_out_of_memory is not None:
             check_bool("split_when_out_of_memory", split_when_out_of_memory, "use None to decide by what else is asked")
@@ -183,7 +195,7 @@ class AccumulatingUpdater(StandardUpdater):
         check_choice("batch_statistics", batch_statistics, BATCH_STATISTICS)
         check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
         check_choice("epoch_boundary", epoch_boundary, EPOCH_BOUNDARIES)
-        _check_rules(observation_rules)
+        rules = ObservationRules(observation_rules)
         _check_loss_scale(loss_scale)
         super().__init__(
             iterators,
@@ -209,11 +221,16 @@ class AccumulatingUpdater(StandardUpdater):
         self.weight_func = weight_func
         self.loss_reduction = loss_reduction
         self._epoch_boundary = epoch_boundary
-        self._observation_rules = dict(observation_rules or {})
+        self._observation_rules = rules
         self._splits_when_out_of_memory = split_when_out_of_memory
         self._prefetches = prefetch
         self._nonfinite = nonfinite
         self._batch_statistics = batch_statistics
+        self._steps = 1
+        self._largest_weight = 0.0  # of an iterator batch so far
+        self._has_failed = False
+        self._other_links: Optional[List[chainer.Link]] = None  # that the first window has used
+        self._window: Optional[Window] = None  # that is under way
         # Of the last window: epoch_detail as it began, and whether an epoch ended in it. None before the first.
         self._last_window: Optional[Tuple[Optional[float], bool]] = None
         self.effective_batch_size: Optional[int] = None
@@ -221,14 +238,22 @@ class AccumulatingUpdater(StandardUpdater):
         self.gradient_norms: Optional[GradientNorms] = None
         self.accumulation_steps = accumulation_steps
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SET_ONCE:
+            raise AttributeError(
+                f"{name} cannot be set, got {value!r}; pass it as the updater is made: "
+                f"{type(self).__name__}(..., {name}={value!r})"
+            )
+        super().__setattr__(name, value)
+
     @property
     def accumulation_steps(self) -> int:
         return self._steps
 
     @accumulation_steps.setter
     def accumulation_steps(self, value: Steps) -> None:
-        schedule = make_schedule(value)
-        self._schedule, self._steps = schedule, schedule(self)
+        self._schedule = Schedule(value)
+        self._steps = self._schedule.known(self) or self._steps
         self._is_one_step = value == 1
 
     @property
@@ -258,21 +283,15 @@ class AccumulatingUpdater(StandardUpdater):
     def update_core(self) -> None:
         iterator = self.get_iterator("main")
         epoch_detail = getattr(iterator, "epoch_detail", None)  # StandardUpdater does not need it, either
-        self._steps = self._schedule(self)
-        optimizer = self.get_optimizer("main")
         self.gradient_norms = None
+        self._has_failed = True  # until it has not
         if self._is_standard():
             super().update_core()
             is_new_epoch = bool(iterator.is_new_epoch)
         else:
-            try:
-                is_new_epoch = self._update_with_window()
-            except StopIteration:
-                if not update_without_data(optimizer, self.loss_reduction):
-                    raise
-                is_new_epoch = False
-                self.effective_batch_size = 0
+            is_new_epoch = self._update_with_window(self._schedule.ask(self))
         self._last_window = epoch_detail, is_new_epoch
+        self._has_failed = False
 
     def finalize(self) -> None:
         """Finalizes each iterator that can be finalized.
@@ -280,7 +299,9 @@ class AccumulatingUpdater(StandardUpdater):
         With a multi-node optimizer, it first takes part in what updates the other ranks have left to do.
 
         """
-        if sys.exc_info()[0] is None:  # a rank that failed does not go on, though a Trainer finalizes it as well
+        # A rank that failed does not go on, though a Trainer finalizes it as well. Nor does one whose data has ended:
+        # then no rank has any.
+        if not self._has_failed and not _is_passing_through_trainer(sys.exc_info()[1]):
             finish(self.get_optimizer("main"), self.loss_reduction)
         for iterator in self._iterators.values():
             if hasattr(iterator, "finalize"):
@@ -295,85 +316,137 @@ class AccumulatingUpdater(StandardUpdater):
         super().serialize(serializer)
         for name, optimizer in self.get_all_optimizers().items():
             serialize_mixed_precision(optimizer, serializer, f"mixed_precision:{name}:")
-        if isinstance(serializer, chainer.Serializer):
-            epoch_detail, is_new_epoch = self._last_window or (None, False)
-            serializer("previous_epoch_detail", -1.0 if epoch_detail is None else epoch_detail)
-            serializer("is_new_epoch", is_new_epoch)
+        if not isinstance(serializer, chainer.Deserializer):
+            if self._last_window is not None:
+                epoch_detail, is_new_epoch = self._last_window
+                serializer("previous_epoch_detail", -1.0 if epoch_detail is None else epoch_detail)
+                serializer("is_new_epoch", is_new_epoch)
             return
         self._last_window = None
         with contextlib.suppress(KeyError):  # a snapshot of StandardUpdater, whose iterator knows both
             epoch_detail = serializer("previous_epoch_detail", -1.0)
             if epoch_detail >= 0:
                 self._last_window = epoch_detail, serializer("is_new_epoch", False)
-        self._steps = self._schedule(self)
+        self._steps = self._schedule.known(self) or self._steps
 
     def _is_standard(self) -> bool:
         is_one_pass = self._is_one_step and self._size.size is None
         is_alone = communicator_of(self.get_optimizer("main")) is None
         return is_one_pass and is_alone and not self._splits_when_out_of_memory and self._nonfinite == "keep"
 
-    def _update_with_window(self) -> bool:
+    def _update_with_window(self, steps: int) -> bool:
         optimizer = self.get_optimizer("main")
         device = optimizer.target.device
-        micro_batches = MicroBatches(
-            self.get_iterator("main"),
-            self._steps,
-            self._size.size,
-            self.weight_func,
-            self._epoch_boundary,
-            is_repeatable=self._keeps_examples(),
-        )
+        try:
+            micro_batches = MicroBatches(
+                self.get_iterator("main"),
+                steps,
+                self._size.size,
+                self.weight_func,
+                self._epoch_boundary,
+                is_repeatable=self._keeps_examples(steps),
+                likely_weight=self._largest_weight,
+            )
+        except StopIteration:
+            if not update_without_data(optimizer, self.loss_reduction):
+                raise
+            self.effective_batch_size = 0
+            return False
         self._size.begin_window(device)
-        window, observation = self._run_passes(micro_batches)
-        of_update = Observations()
-        with of_update.collecting() as reported:
-            window.update()
+        with self._whole_window():
+            observation = self._run_passes(micro_batches)
+            with DeferredSignals():  # the books are to agree with the step
+                self._finish_window(micro_batches, observation)
+                shapes, largest_batch = micro_batches.shapes, micro_batches.largest_batch
+                self._size.end_window(device, shapes, micro_batches.examples, largest_batch)
+        return micro_batches.num_epochs > 0
+
+    @contextlib.contextmanager
+    def _whole_window(self) -> Iterator[None]:
+        """Context manager that abandons the window that is under way if anything raises."""
+        try:
+            with reporting_to():
+                yield
+        except BaseException:
+            if self._window is not None:
+                self._window.abandon()
+            raise
+        finally:
+            self._window = None
+
+    def _finish_window(self, micro_batches: MicroBatches, observation: Dict[str, Any]) -> None:
+        """Updates the parameters, and reports once what the passes and the update have reported."""
+        window, of_update = self._window, Observations()
+        assert window is not None
+        try:
+            with of_update.collecting() as reported:
+                window.update()
+        finally:
+            if window.is_done:
+                self._keep_books(micro_batches)
+        if self._other_links is None:
+            known = {id(link) for root in self._links() if root is not None for link in root.links()}
+            self._other_links = [link for link in window.links if id(link) not in known]
         of_update.add(reported, 1.0)
         chainer.report({**observation, **of_update.merged()})
-        self._size.end_window(device, micro_batches.shapes, micro_batches.examples, micro_batches.largest_batch)
+
+    def _keep_books(self, micro_batches: MicroBatches) -> None:
+        self._steps = micro_batches.num_batches
+        self._largest_weight = max(self._largest_weight, micro_batches.largest_weight)
+        self.effective_batch_size = None
         if micro_batches.examples > 0:
             self.effective_batch_size = micro_batches.examples - micro_batches.skipped_examples
-        else:
-            self.effective_batch_size = None
-        if self.auto_new_epoch and micro_batches.is_new_epoch:
-            optimizer.new_epoch(auto=True)
-        return micro_batches.is_new_epoch
+        if self.auto_new_epoch:
+            for _ in range(micro_batches.num_epochs):
+                self.get_optimizer("main").new_epoch(auto=True)
 
-    def _run_passes(self, micro_batches: MicroBatches) -> Tuple[Window, Dict[str, Any]]:
-        """Runs all passes of a window, if need be from the beginning again, with smaller micro-batches."""
-        links = [optimizer.target for optimizer in self.get_all_optimizers().values()]
-        persistent_values = PersistentValues([*links, _as_link(self.loss_func)])
+    def _run_passes(self, micro_batches: MicroBatches) -> Dict[str, Any]:
+        """Runs all passes of a window, if need be from the beginning again, with smaller micro-batches.
+
+        Returns:
+            dict: What they reported.
+
+        """
         random_state = RandomState() if micro_batches.is_repeatable else None
         while True:
+            self._window = self._begin_window(micro_batches)
             try:
-                return self._try_passes(micro_batches)
+                return self._try_passes(self._window, micro_batches)
             except _OutOfMemory as error:
                 failed, message = error.examples, str(error)
-            except BaseException:
-                persistent_values.restore()
-                raise
-            # Here, all that the failed pass held is free.
-            persistent_values.restore()
+            self._window.abandon()
+            self._window = None  # Now all that the failed pass held is free.
             if random_state is not None:
                 random_state.restore()
             self._lower_micro_batch_size(failed, message)
             micro_batches.begin_again(self._size.size)
 
-    def _try_passes(self, micro_batches: MicroBatches) -> Tuple[Window, Dict[str, Any]]:
-        """Runs all passes of a window, and returns it with what they reported."""
+    def _begin_window(self, micro_batches: MicroBatches) -> Window:
         self.gradient_norms = GradientNorms() if self._measures_norms() else None
-        window = begin_window(
+        return begin_window(
             self.get_optimizer("main"),
             self.loss_reduction,
-            micro_batches.expected_weight,
+            micro_batches.regular_weight,
             self._nonfinite,
             self._batch_statistics,
             self.gradient_norms,
+            self._links(),
+            undoes_passes=False,
+            looks_for_links=self._other_links is None,  # in the first window, for it costs some time
         )
+
+    def _links(self) -> List[Optional[chainer.Link]]:
+        """Returns the links whose persistent values a pass may change, as far as they are known."""
+        targets = [optimizer.target for optimizer in self.get_all_optimizers().values()]
+        return [*targets, *_links_of(self.loss_func), *(self._other_links or [])]
+
+    def _try_passes(self, window: Window, micro_batches: MicroBatches) -> Dict[str, Any]:
+        """Runs all passes of a window, and returns what they reported."""
         observations = Observations(self._observation_rules)
         prepare = functools.partial(prepare_ahead, device=self.input_device) if self._prefetches else prepare_lazily
         with contextlib.closing(prepare(iter(micro_batches), self._bind_loss)) as prepared:
             for micro_batch, bind_loss in prepared:
+                window.weights.expect(micro_batches.expected_weight)
                 with fitting(window, micro_batches, micro_batch.examples), observations.collecting() as observation:
                     is_counted = window.add(bind_loss(), weight=micro_batch.weight)
                 if is_counted:
@@ -381,7 +454,7 @@ class AccumulatingUpdater(StandardUpdater):
                 else:
                     micro_batches.skip(micro_batch.examples)
                 del micro_batch, bind_loss  # its examples are not to be held while the next are read
-        return window, observations.merged()
+        return observations.merged()
 
     def _lower_micro_batch_size(self, failed: int, message: str) -> None:
         if failed == 1:
@@ -401,23 +474,34 @@ class AccumulatingUpdater(StandardUpdater):
     def _measures_norms(self) -> bool:
         return bool(self.gradient_norm_interval) and (self.iteration + 1) % self.gradient_norm_interval == 0
 
-    def _keeps_examples(self) -> bool:
+    def _keeps_examples(self, steps: int) -> bool:
         if self._splits_when_out_of_memory is not None:
             return self._splits_when_out_of_memory
         # A search will meet sizes that do not fit. And if there is one batch only, the iterator has made it anyway.
-        return self._size.is_tuned or (self._size.size is not None and self._steps == 1)
+        return self._size.is_tuned or (self._size.size is not None and steps == 1)
 
     def _bind_loss(self, micro_batch: MicroBatch) -> Callable[[], chainer.Variable]:
-        return self._bind(self.loss_func or self.get_optimizer("main").target, micro_batch.examples)
+        loss_func = self.loss_func or self.get_optimizer("main").target
+        return self._bind(functools.partial(call, "the loss function", loss_func), micro_batch.examples)
 
     def _bind(self, function: Callable[..., Any], examples: Any) -> Callable[[], Any]:
         """Returns a function that calls this one with the converted examples, in the form in which they come."""
-        arguments = chainer.dataset.convert._call_converter(self.converter, examples, self.input_device)
+        convert = functools.partial(chainer.dataset.convert._call_converter, self.converter)
+        arguments = call("converter", convert, examples, self.input_device)
         if isinstance(arguments, tuple):
             return functools.partial(function, *arguments)
         if isinstance(arguments, dict):
             return functools.partial(function, **arguments)
         return functools.partial(function, arguments)
+
+
+# Arguments that are no attributes.
+_SET_ONCE = frozenset(
+    [
+        *("micro_batch_size", "epoch_boundary", "observation_rules", "prefetch", "split_when_out_of_memory"),
+        *("nonfinite", "batch_statistics"),
+    ]
+)
 
 
 class _OutOfMemory(Exception):
@@ -448,8 +532,30 @@ def _make_size(micro_batch_size: Any) -> MicroBatchSize:
     return MicroBatchSize(check_int("micro_batch_size", micro_batch_size, 1, remedy))
 
 
-def _as_link(loss_func: Any) -> Optional[chainer.Link]:
-    return loss_func if isinstance(loss_func, chainer.Link) else None
+def _is_passing_through_trainer(error: Optional[BaseException]) -> bool:
+    """Returns whether an exception has come out of the Trainer that is finalizing now.
+
+    Another one may be in the process of being handled around the Trainer.
+
+    """
+    running = set()
+    frame: Optional[FrameType] = sys._getframe()
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back
+    traceback = None if error is None else error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code is Trainer.run.__code__ and traceback.tb_frame in running:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _links_of(function: Any) -> List[chainer.Link]:
+    """Returns the links that a function is, or is bound to."""
+    if isinstance(function, functools.partial):
+        return [link for part in (function.func, *function.args) for link in _links_of(part)]
+    return [each for each in (function, getattr(function, "__self__", None)) if isinstance(each, chainer.Link)]
 
 
 def _check_no_unknown(unknown: Dict[str, Any]) -> None:
@@ -465,15 +571,6 @@ def _check_main(name: str, by_name: Dict[str, Any], what: str, method: str, reme
         raise ValueError(f"{name} must have the key 'main', got the keys {sorted(by_name)}; name the one to train with")
     if not callable(getattr(by_name["main"], method, None)):
         raise TypeError(f"{name} must be {what} or a dict of them, got {by_name['main']!r}; {remedy}")
-
-
-def _check_rules(rules: Any) -> None:
-    if rules is None:
-        return
-    if not isinstance(rules, Mapping):
-        raise TypeError(f"observation_rules must be a dict, got {rules!r}; map keys such as 'main/loss' to a rule")
-    for key, rule in rules.items():
-        check_choice(f"observation_rules[{key!r}]", rule, OBSERVATION_RULES)
 
 
 def _check_loss_scale(loss_scale: Any) -> None:

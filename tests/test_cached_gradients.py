@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import conftest
 from conftest import (
+    CountingUpdater,
     assert_same_optimizer_state,
     assert_same_parameters,
     assert_same_steps,
@@ -108,7 +109,10 @@ class Model(chainer.Chain):
 
     def nt_xent(self, z, t):
         """Compares each example with all others; those of its label are to be nearest."""
-        similarities = F.exp(F.matmul(*[F.normalize(z)] * 2, transb=True) * F.exp(self.log_scale))
+        # Dropout may leave nothing of an example. With the default eps, the gradient of its norm is so large that
+        # parameters diverge, and rounding with them.
+        z = F.normalize(z, eps=0.1)
+        similarities = F.exp(F.matmul(z, z, transb=True) * F.exp(self.log_scale))
         others = numpy.float32(1) - self.xp.eye(len(t), dtype=numpy.float32)
         same = others * (t[:, None] == t)
         share = (F.sum(similarities * same, axis=1) + 1e-3) / (F.sum(similarities * others, axis=1) + 1e-3)
@@ -226,16 +230,20 @@ def test_the_gradient_is_that_of_the_whole_batch_and_plain_accumulation_has_anot
     micro_batch_size=st.one_of(st.none(), st.integers(1, 20)),
     repeat=st.booleans(),
     shuffle=st.booleans(),
-    make_body=st.sampled_from([make_mlp, make_dropout]),
+    make_body=st.sampled_from([make_mlp, make_dropout] if conftest.DEVICE is None else [make_mlp]),
 )
 def test_any_sizes(size, batch_size, accumulation_steps, micro_batch_size, repeat, shuffle, make_body):
+    dataset = [(x.astype(numpy.float64), t) for x, t in make_dataset(size)]
     results = []
-    for updater_class in (StandardUpdater, CachedGradientUpdater):
+    for updater_class in (CountingUpdater, CachedGradientUpdater):
         seed(0)
-        model = Model(make_body)
+        with chainer.using_config("dtype", numpy.float64):
+            model = Model(make_body)
         kwargs, batch = {"loss_func": functools.partial(whole_loss, model.encode, model.loss)}, batch_size
-        if updater_class is StandardUpdater:
+        if updater_class is CountingUpdater:
             batch *= accumulation_steps
+            kwargs["batches"] = serial(dataset, batch_size, repeat=repeat)
+            kwargs["accumulation_steps"] = accumulation_steps
         else:
             kwargs = {
                 "loss_func": model.loss,
@@ -244,7 +252,7 @@ def test_any_sizes(size, batch_size, accumulation_steps, micro_batch_size, repea
                 "micro_batch_size": micro_batch_size,
             }
         sampler = chainer.iterators.ShuffleOrderSampler(numpy.random.RandomState(0)) if shuffle else None
-        iterator = serial(make_dataset(size), batch, repeat=repeat, shuffle=None, order_sampler=sampler)
+        iterator = serial(dataset, batch, repeat=repeat, shuffle=None, order_sampler=sampler)
         updater = make_updater(updater_class, iterator, optimizers.MomentumSGD(0.1), model, **kwargs)
         steps = []
         try:
@@ -255,9 +263,9 @@ def test_any_sizes(size, batch_size, accumulation_steps, micro_batch_size, repea
         results.append((updater, steps, numpy.random.rand()))
     (expected, expected_steps, expected_draw), (actual, steps, draw) = results
     assert actual.iteration == expected.iteration
-    assert_same_parameters(actual.get_optimizer("main").target, expected.get_optimizer("main").target)
-    assert_same_optimizer_state(actual.get_optimizer("main"), expected.get_optimizer("main"))
-    assert_same_steps(steps, expected_steps)
+    assert_same_parameters(actual.get_optimizer("main").target, expected.get_optimizer("main").target, 1e-12)
+    assert_same_optimizer_state(actual.get_optimizer("main"), expected.get_optimizer("main"), 1e-12)
+    assert_same_steps(steps, expected_steps, 1e-12)
     assert draw == expected_draw
 
 
@@ -498,6 +506,31 @@ def test_what_the_encoder_reports_is_observed_once_and_merged_by_the_rules():
     assert sorted(step.observation) == ["main/examples", "main/loss", "main/norm"]
 
 
+def test_what_is_never_initialized_makes_the_encoder_run_once_more_in_the_first_update_only():
+    model = Watched()
+    model.add_link("unused", L.Linear(None, 2))
+    updater = make_cached(model, micro_batch_size=12)
+    calls = []
+    for _ in range(3):
+        updater.update()
+        calls.append(len(model.calls))
+        model.calls.clear()
+    assert calls == [6, 5, 5]
+
+
+def test_an_output_without_values_is_passed_on():
+    class Empty(Model):
+        def encode(self, x, t):
+            z, t = super().encode(x, t)
+            return z, t, z[:, :0]
+
+        def nt_xent(self, z, t, nothing):
+            assert nothing.shape == (len(t), 0)
+            return super().nt_xent(z, t)
+
+    compare("split", Empty)
+
+
 def test_it_runs_without_a_reporter_and_flushes_at_the_end_of_an_epoch():
     model = Watched()
     updater = make_cached(model, batch_size=20, accumulation_steps=2, epoch_boundary="flush")
@@ -684,7 +717,8 @@ def test_what_an_encoder_cannot_return(name):
     [
         (lambda z, t: z, ValueError, "the loss must be a scalar, got a Variable of shape"),
         (lambda z, t: 1.0, TypeError, "the loss function must return a chainer.Variable, got float"),
-        (lambda z, t: chainer.Variable(z.array.mean(keepdims=True)), ValueError, "the loss has no graph"),
+        (lambda z, t: chainer.Variable(z.array.mean(keepdims=True)), RuntimeWarning, "all losses .* are constants"),
+        (lambda z, t: F.mean(z.array), RuntimeError, "a loss must depend on the parameters of the optimizer's target"),
     ],
 )
 def test_what_a_loss_function_cannot_return(loss_func, error, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import chainer_accum
 import chainer
@@ -306,7 +307,7 @@ def test_gradients_of_different_parameters_are_refused_and_may_be_computed_again
                     loss = optimizer.target(*chainer.dataset.concat_examples(examples))
                     optimizer.target.cleargrads()
                     loss.backward()
-                    optimizer.update(weight=len(examples))
+                    optimizer.update_weighted(len(examples))
         return optimizer
 
     expected = train(momentum_sgd().setup(ready_model()), [split(DATASET, 10)])
@@ -599,8 +600,9 @@ def test_running_averages_of_the_window_are_collected_once_though_passes_are_rep
         numpy.testing.assert_allclose(optimizer.target.predictor[0].avg_var, link.avg_var, rtol=1e-5)
 
 
+@pytest.mark.parametrize("make_its_model", [ready_model, lazy_model])  # of which the second makes ranks repeat passes
 @pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
-def test_each_rank_measures_the_norms_of_its_own_gradients(loss_reduction):
+def test_each_rank_measures_the_norms_of_its_own_gradients(loss_reduction, make_its_model):
     def norms_of(optimizer, examples):
         window_norms = GradientNorms()
         window = begin_window(optimizer, loss_reduction, norms=window_norms)
@@ -610,11 +612,11 @@ def test_each_rank_measures_the_norms_of_its_own_gradients(loss_reduction):
         return [float(norm) for norm in (*window_norms.micro_batches, window_norms.window)]
 
     def program(communicator):
-        optimizer = make_multi_node(optimizers.SGD(0), communicator).setup(ready_model())
+        optimizer = make_multi_node(optimizers.SGD(0), communicator).setup(make_its_model(communicator.rank))
         return norms_of(optimizer, DATASET[7 * communicator.rank :])
 
     for rank, norms in enumerate(run_ranks(2, program)):
-        expected = norms_of(optimizers.SGD(0).setup(ready_model()), DATASET[7 * rank :])
+        expected = norms_of(optimizers.SGD(0).setup(make_its_model()), DATASET[7 * rank :])
         numpy.testing.assert_allclose(norms, expected, rtol=1e-5)
 
 
@@ -650,9 +652,73 @@ def test_what_another_process_returns_as_its_loss_may_be_empty():
         .apply((chainer.Variable(numpy.zeros(0, "f")), chainer.Variable(numpy.zeros(0, "f"))))[0]
     )
     optimizer = momentum_sgd().setup(ready_model())
+    optimizer.t = 1  # in the first update, a gradient that reaches no parameter is an error
     with chainer_accum.accumulate(optimizer) as window:
         window.add(lambda: delegate)
-    assert optimizer.t == 1
+    assert optimizer.t == 2
     with pytest.raises(ValueError, match="the loss must be a scalar"):
         window = begin_window(optimizer)
         window.add(lambda: chainer.Variable(numpy.zeros(0, "f")) * 1)
+
+
+def test_training_within_an_except_block_takes_part_to_the_end(tmp_path):
+    """The exception that is being handled there has nothing to do with it."""
+
+    def program(communicator):
+        updater = make_updater(communicator, SIZES[communicator.rank], accumulation_steps=1)
+        trainer = Trainer(updater, (1, "epoch"), out=str(tmp_path))
+        try:
+            raise ImportError("an optional package is missing")
+        except ImportError:
+            trainer.run()
+        return updater.iteration, updater.get_optimizer("main").t
+
+    assert run_ranks(3, program) == [(2, 5), (5, 5), (1, 5)]
+
+
+def test_a_rank_that_fails_does_not_take_part_in_what_is_left(tmp_path):
+    class Failing(chainer.training.Extension):
+        def __call__(self, trainer):
+            raise ValueError("a rank fails")
+
+    def program(communicator):
+        updater = make_updater(communicator, 20, accumulation_steps=1)
+        trainer = Trainer(updater, (1, "epoch"), out=str(tmp_path))
+        if communicator.rank == 0:
+            trainer.extend(Failing(), trigger=(2, "iteration"))
+        with pytest.raises((ValueError, threading.BrokenBarrierError)):
+            trainer.run(show_loop_exception_msg=False)
+            raise AssertionError("the ranks went on")
+        if communicator.rank == 0:
+            assert updater.get_optimizer("main").t == 2
+            raise ValueError("a rank fails")
+
+    with pytest.raises(ValueError, match="a rank fails"):
+        run_ranks(2, program)
+
+
+def test_finalizing_within_an_except_block_takes_part_to_the_end():
+    def program(communicator):
+        updater = make_updater(communicator, 20, accumulation_steps=1)
+        for _ in range(1 + communicator.rank):
+            updater.update()
+        try:
+            raise OSError("a file is missing")
+        except OSError:
+            updater.finalize()
+        return updater.get_optimizer("main").t
+
+    assert run_ranks(3, program) == [3] * 3
+
+
+@pytest.mark.parametrize("name", ["loss_func", "converter", "weight_func"])
+def test_a_stop_iteration_of_the_user_is_not_taken_for_the_end_of_a_ranks_data(name):
+    def stop(*args):
+        raise StopIteration
+
+    def program(communicator):
+        kwargs = {name: stop} if communicator.rank == 0 else {}
+        make_updater(communicator, 20, accumulation_steps=2, **kwargs).update()
+
+    with pytest.raises(RuntimeError, match="must not raise StopIteration, got it from"):
+        run_ranks(2, program)

@@ -45,14 +45,15 @@ def test_means_count_examples_and_the_end_of_the_data_ends_the_training(accumula
             super().__init__(classifier=make_model())
 
         def forward(self, x, t):
-            chainer.report({"first": x[0, 0], "examples": (1.0, len(x))}, self)
+            first = float(x[0, 0])
+            chainer.report({"first": first, "weighted": (first, 3 - 2 * first)}, self)
             return self.classifier(x, t)
 
     dataset = [(numpy.full(5, index < 32, "f"), t) for index, (_, t) in enumerate(make_dataset(40))]
     history = train_model(Model(), optimizers.SGD(0.0), serial(dataset, 32, repeat=False), None, accumulation_steps, 9)
     (entry,) = history
     assert entry["main/first"] == pytest.approx(32 / 40)
-    assert entry["main/examples"] == 1.0
+    assert entry["main/weighted"] == pytest.approx(1 / (1 + 3))
     assert entry.keys() >= {"epoch", "loss", "main/first", "main/classifier/loss"}
 
 
@@ -109,3 +110,28 @@ def test_bad_input_is_refused(function):
         call(serial(make_dataset(), 6))
     with pytest.raises(TypeError, match="loss_func must be callable, got 'mse'; pass a function, or None if the model"):
         call(optimizers.SGD(), loss_func="mse")
+
+
+@pytest.mark.parametrize("accumulation_steps, size", [(5, 12), (9, 12), (3, 50)])
+def test_there_is_an_entry_for_each_epoch_however_long_a_window_is(accumulation_steps, size):
+    optimizer = optimizers.SGD(0.1)
+    history = train_model(make_model(), optimizer, serial(make_dataset(size), 6), None, accumulation_steps, 6)
+    last = len(history)
+    assert last >= 6
+    assert [entry["epoch"] for entry in history] == list(range(1, last + 1))
+    assert optimizer.epoch == last
+    assert all(set(entry) == {"epoch", "loss", "main/loss", "main/accuracy"} for entry in history)
+
+
+def test_a_loss_function_without_the_model_is_an_error():
+    with pytest.raises(RuntimeError, match="a loss must depend on the parameters of the optimizer's target"):
+        iterator = serial([(x, numpy.int32(0)) for x, _ in make_dataset(12)], 6)
+        train_model(make_model(), optimizers.SGD(0.1), iterator, F.softmax_cross_entropy, 2, 1)
+
+
+def test_the_end_of_the_data_is_for_the_iterator_to_tell():
+    def loss_func(x, t):
+        return next(iter([]))
+
+    with pytest.raises(RuntimeError, match="the loss function must not raise StopIteration, got it from"):
+        train_model(make_model(), optimizers.SGD(0.1), serial(make_dataset(12), 6), loss_func, 2, 1)

@@ -107,7 +107,7 @@ def test_the_effective_batch_size_counts_examples():
     updater = make(4, size=20, micro_batch_size=4, epoch_boundary="flush", weight_func=lambda batch: 1.5)
     assert updater.effective_batch_size is None
     # The second window begins with the fifth example and ends with the batch in which the epoch does.
-    assert steps_of(updater, 2) == [(4, 24), (4, 18)]
+    assert steps_of(updater, 2) == [(4, 24), (3, 18)]
 
 
 def test_the_effective_batch_size_is_none_where_it_is_not_known():
@@ -133,7 +133,19 @@ def test_the_effective_batch_size_is_none_where_it_is_not_known():
 )
 def test_a_bad_schedule_is_refused(schedule, error, message):
     with pytest.raises(error, match=message):
-        make(schedule)
+        make(schedule).update()
+
+
+def test_a_schedule_is_asked_once_as_each_window_begins():
+    asked = []
+
+    def double(updater):
+        asked.append(updater.iteration)
+        return 2 * updater.accumulation_steps
+
+    updater = make(double, size=60)
+    assert steps_of(updater, 3) == [(2, 12), (4, 24), (8, 48)]
+    assert asked == [0, 1, 2]
 
 
 def make_trainer(updater, tmp_path, epochs=4):

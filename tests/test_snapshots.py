@@ -212,6 +212,31 @@ def test_an_updater_saved_before_the_first_update_is_loaded_as_a_new_one(way: st
     assert loaded.updater.previous_epoch_detail is None
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"accumulation_steps": 2}, {"micro_batch_size": 5}])
+def test_before_its_first_update_an_updater_saves_what_standard_updater_does(kwargs: Dict[str, Any]) -> None:
+    saved = []
+    for updater_class, arguments in ((StandardUpdater, {}), (AccumulatingUpdater, kwargs)):
+        iterator = SerialIterator(make_dataset(), 10, order_sampler=shuffled)
+        updater = make_updater(updater_class, iterator, chainer.optimizers.Adam(), **arguments)
+        serializer = DictionarySerializer()
+        updater.serialize(serializer)
+        saved.append(serializer.target)
+    expected, actual = saved
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        numpy.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+@every_window
+def test_an_updater_that_loads_one_that_has_not_updated_forgets_its_window(way: str, tmp_path: pathlib.Path) -> None:
+    saved, loaded = (make_trainer(way, 45, tmp_path, stop=4) for _ in range(2))
+    chainer.serializers.save_npz(str(tmp_path / "snapshot"), saved.updater)
+    loaded.run()
+    assert loaded.updater.previous_epoch_detail is not None
+    chainer.serializers.load_npz(str(tmp_path / "snapshot"), loaded.updater, strict=False)
+    assert bookkeeping_of(loaded) == bookkeeping_of(saved)
+
+
 def state_of(trainer: Trainer) -> Dict[str, numpy.ndarray]:
     """Returns copies of all that a snapshot holds, but for the time."""
     serializer = DictionarySerializer()
@@ -294,23 +319,33 @@ def test_a_snapshot_with_a_wrong_byte_changes_nothing(trainer, tmp_path):
     assert_unchanged(trainer, before)
 
 
-def test_a_snapshot_of_something_else_changes_nothing(trainer, tmp_path):
+def assert_refused(path: pathlib.Path, trainer: Trainer, reason: str) -> None:
     before = state_of(trainer)
-    for number, (remedy, values) in enumerate(
-        [
-            ("it has no updater/iterator:main/current_position", {"something": numpy.zeros(3)}),
-            ("W is float32 of shape \\(8, 6\\), not float32 of \\(8, 5\\)", {"W": numpy.zeros((8, 6), "f")}),
-        ]
-    ):
-        if number == 1:
-            if trainer.updater.iteration == 0:
-                continue  # a parameter without a shape takes any
-            with numpy.load(str(snapshot_of("split", tmp_path)), allow_pickle=True) as npz:
-                values = {**npz, "updater/model:main/predictor/0/W": values["W"]}
-        numpy.savez(str(tmp_path / "other.npz"), **values)
-        with pytest.raises(ValueError, match=f"other.npz is not a snapshot of this Trainer: .*{remedy}"):
-            load_snapshot(tmp_path / "other.npz", trainer)
-        assert_unchanged(trainer, before)
+    with pytest.raises(ValueError, match=f"{path.name} is not a snapshot of this Trainer: .*{reason}"):
+        load_snapshot(path, trainer)
+    assert_unchanged(trainer, before)
+
+
+def test_a_snapshot_of_something_else_changes_nothing(trainer, tmp_path):
+    numpy.savez(str(tmp_path / "other.npz"), something=numpy.zeros(3))
+    assert_refused(tmp_path / "other.npz", trainer, "it has no updater/iterator:main/current_position")
+
+
+@pytest.mark.parametrize(
+    "array, reason",
+    [
+        (numpy.zeros((8, 6), "f"), r"W is float32 of shape \(8, 6\), not float32 of \(8, 5\)"),
+        (numpy.zeros((8, 5), "F"), r"W is complex64 of shape \(8, 5\), not float32 of \(8, 5\)"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_a_snapshot_with_an_array_that_does_not_fit_changes_nothing(array, reason, tmp_path):
+    trainer = make_trainer("split", 45, tmp_path, stop=3)  # one that has run: a parameter without a shape takes any
+    trainer.extend(chainer_accum.extensions.KeepRandomState())
+    trainer.run()
+    with numpy.load(str(snapshot_of("split", tmp_path)), allow_pickle=True) as npz:
+        numpy.savez(str(tmp_path / "other.npz"), **{**npz, "updater/model:main/predictor/0/W": array})
+    assert_refused(tmp_path / "other.npz", trainer, reason)
 
 
 def test_a_snapshot_of_a_trainer_without_one_of_the_extensions_changes_nothing(trainer, tmp_path):

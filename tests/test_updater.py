@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import pickle
 import weakref
 
 import chainer_accum  # noqa: F401
 import chainer
 import chainer.functions as F
+import chainer.links as L
 import numpy
 import pytest
 from chainer_accum import AccumulatingUpdater
 from chainer import optimizers
 from chainer.training.updaters import StandardUpdater
 
+import conftest
 from conftest import (
     BOOKKEEPING,
     assert_same_optimizer_state,
@@ -22,8 +27,10 @@ from conftest import (
     make_dataset,
     make_model,
     make_updater,
+    on_device,
     run,
     serial,
+    to_host,
 )
 
 
@@ -129,6 +136,50 @@ def test_one_graph_and_one_converted_micro_batch_are_alive_at_a_time(kwargs, kee
             run(updater, 1)  # which drops the observation, as the Trainer does
     assert len(model.alive) == len(converted) >= 9
     assert set(model.alive) == {(1, 0)}
+
+
+class Batch(list):
+    """A list of examples to which there can be a weak reference."""
+
+
+@pytest.mark.parametrize("kwargs", [{"accumulation_steps": 4}, {"accumulation_steps": 4, "micro_batch_size": 6}])
+def test_no_batch_is_held_while_the_next_one_is_read(kwargs):
+    batches, alive = [], []
+
+    class Iterator(chainer.iterators.SerialIterator):
+        def next(self):
+            alive.append(sum(batch() is not None for batch in batches))
+            batch = Batch(super().next())
+            batches.append(weakref.ref(batch))
+            return batch
+
+    updater = make_updater(AccumulatingUpdater, Iterator(make_dataset(), 6), optimizers.SGD(), **kwargs)
+    run(updater, 3)
+    assert alive == [0] * 12
+
+
+def test_the_effective_batch_size_is_unknown_after_batches_that_are_no_lists():
+    class Iterator(chainer.iterators.SerialIterator):
+        def next(self):
+            batch = super().next()
+            return batch if self.epoch_detail < 0.5 else tuple(batch)
+
+    def convert(batch, device):
+        return chainer.dataset.concat_examples(list(batch), device)
+
+    updater = make_updater(
+        AccumulatingUpdater,
+        Iterator(make_dataset(24), 6, shuffle=False),
+        optimizers.SGD(),
+        converter=convert,
+        accumulation_steps={0: 1},
+        weight_func=lambda batch: 1,
+    )
+    sizes = []
+    for _ in range(3):
+        updater.update()
+        sizes.append(updater.effective_batch_size)
+    assert sizes == [6, None, None]
 
 
 STAGES = ("iterator", "converter", "forward", "loss", "backward", "weight")
@@ -255,6 +306,41 @@ def test_a_hook_that_raises_leaves_parameters_and_reporter_as_they_were():
     assert observation == {}
     assert (updater.iteration, optimizer.t) == (1, 1)
     assert_same_parameters(optimizer.target, before, 0)
+
+
+class Normalizing(chainer.Chain):
+    """A loss function whose running averages move before its second pass fails."""
+
+    def __init__(self, model):
+        super().__init__(normalization=L.BatchNormalization(5))
+        self.model = [model]  # not a link of this one
+        self.passes = 0
+
+    def forward(self, x, t):
+        self.passes += 1
+        self.normalization(x)
+        if self.passes == 2:
+            raise ConnectionError
+        return self.model[0](x, t)
+
+
+@pytest.mark.parametrize("is_link_of_another_optimizer", [False, True])
+def test_a_pass_that_fails_moves_no_averages_outside_the_target(is_link_of_another_optimizer):
+    optimizer = optimizers.SGD().setup(make_model())
+    loss = on_device(Normalizing(optimizer.target))
+    by_name = {"main": optimizer}
+    loss_func = loss
+    if is_link_of_another_optimizer:
+        by_name["other"] = optimizers.SGD().setup(loss)
+        loss_func = functools.partial(loss)
+    updater = AccumulatingUpdater(
+        serial(make_dataset(), 6), by_name, device=conftest.DEVICE, loss_func=loss_func, accumulation_steps=2
+    )
+    with pytest.raises(ConnectionError):
+        updater.update()
+    assert loss.passes == 2
+    assert to_host(loss.normalization.avg_mean).tolist() == [0] * 5
+    assert to_host(loss.normalization.avg_var).tolist() == [1] * 5
 
 
 def test_what_a_hook_reports_is_observed():
@@ -406,3 +492,87 @@ def test_an_empty_batch_is_refused(kwargs):
     with pytest.raises(ValueError, match=r"the iterator returned an empty batch, got \[\]; check the dataset"):
         updater.update()
     assert updater.iteration == 0
+
+
+def stop(*args):
+    raise StopIteration
+
+
+class StoppingSchedule:
+    def __call__(self, updater):
+        return stop()
+
+
+STOPPING = {
+    "loss function": {"loss_func": stop},
+    "converter": {"converter": stop},
+    "weight_func": {"weight_func": stop},
+    "schedule": {"accumulation_steps": StoppingSchedule()},
+    "converter, prefetched": {"converter": stop, "prefetch": True},
+    "weight_func, prefetched": {"weight_func": stop, "prefetch": True, "accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", sorted(STOPPING))
+def test_only_the_iterator_says_that_data_has_ended(name):
+    kwargs = {"accumulation_steps": 2, **STOPPING[name]}
+    optimizer = chainer.optimizers.SGD()
+    updater = make_updater(AccumulatingUpdater, serial(make_dataset(12), 3), optimizer, **kwargs)
+    with pytest.raises(RuntimeError, match="must not raise StopIteration, got it from .*; only the iterator says"):
+        updater.update()
+    assert (updater.iteration, optimizer.t) == (0, 0)
+
+
+def test_the_model_is_not_taken_for_a_converter():
+    optimizer = chainer.optimizers.SGD().setup(make_model())
+    with pytest.raises(TypeError, match="converter must not be a model, got Classifier; .*loss_func=model"):
+        AccumulatingUpdater(serial(make_dataset(12), 3), optimizer, optimizer.target)
+
+
+@pytest.mark.parametrize(
+    "name", ["micro_batch_size", "nonfinite", "prefetch", "epoch_boundary", "batch_statistics", "observation_rules"]
+)
+def test_what_cannot_be_set_later_says_so(name):
+    updater = make_updater(AccumulatingUpdater, serial(make_dataset(12), 6), chainer.optimizers.SGD())
+    with pytest.raises(
+        AttributeError, match=f"{name} cannot be set, got 4; pass it as the updater is made: .*{name}=4"
+    ):
+        setattr(updater, name, 4)
+
+
+@pytest.mark.parametrize("kwargs", [{"micro_batch_size": 5}, {"accumulation_steps": {0: 2, 1: 3}}, {"prefetch": True}])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda updater: pickle.loads(pickle.dumps(updater))])
+@pytest.mark.parametrize("updates", [0, 3])
+def test_a_copy_of_an_updater_goes_on_as_the_updater_does(kwargs, duplicate, updates):
+    updater = make_updater(
+        AccumulatingUpdater,
+        serial(make_dataset(20), 8),
+        chainer.optimizers.Adam(),
+        L.Classifier(L.Linear(5, 3)),
+        accumulation_steps=kwargs.pop("accumulation_steps", 2),
+        **kwargs,
+    )
+    run(updater, updates)
+    copied = duplicate(updater)
+    assert_same_steps(run(copied, 3), run(updater, 3), 0)
+    assert_same_parameters(copied.get_optimizer("main").target, updater.get_optimizer("main").target, 0)
+
+
+@pytest.mark.parametrize("batch_size, accumulation_steps", [(3, 5), (4, 9), (2, 1), (6, 2)])
+def test_an_optimizer_counts_all_epochs_that_end_within_a_window(batch_size, accumulation_steps):
+    optimizer = chainer.optimizers.SGD()
+    iterator = serial(make_dataset(6), batch_size)
+    updater = make_updater(AccumulatingUpdater, iterator, optimizer, accumulation_steps=accumulation_steps)
+    run(updater, 4)
+    assert optimizer.epoch == iterator.epoch == batch_size * accumulation_steps * 4 // 6
+
+
+def test_the_steps_of_a_short_window_are_those_taken():
+    updater = make_updater(
+        AccumulatingUpdater, serial(make_dataset(20), 4, repeat=False), chainer.optimizers.SGD(), accumulation_steps=3
+    )
+    taken = []
+    for _ in range(2):
+        updater.update()
+        taken.append((updater.accumulation_steps, updater.effective_batch_size))
+    assert taken == [(3, 12), (2, 8)]

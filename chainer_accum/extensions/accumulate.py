@@ -7,7 +7,7 @@ from typing import Any, Optional
 import chainer
 from chainer.training import extension
 
-from chainer_accum.schedules import Steps, make_schedule
+from chainer_accum.schedules import Schedule, Steps
 from chainer_accum.updater import AccumulatingUpdater
 
 
@@ -35,7 +35,7 @@ class Accumulate(extension.Extension):
 
     def __init__(self, accumulation_steps: Optional[Steps] = None) -> None:
         if accumulation_steps is not None:
-            make_schedule(accumulation_steps)  # which checks it
+            Schedule(accumulation_steps)  # which checks it
         self._accumulation_steps = accumulation_steps
 
     def initialize(self, trainer: Any) -> None:
