@@ -35,7 +35,7 @@ docs: $(READY)-for-docs
 	rm -rf build/docs
 	$(RUN) sphinx -W --keep-going -q docs build/docs
 
-# Kills, exceptions, memory limits, damaged snapshots, bad inputs and random cases, and how many of each.
+# Kills, exceptions, memory limits, damaged snapshots, bad inputs, random programs and interrupts, and how many of each.
 reliability: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/reliability
 

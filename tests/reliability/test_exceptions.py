@@ -101,8 +101,6 @@ class Model(chainer.Chain):
             return loss.array
         if self.fault.spoils("loss that is no scalar"):
             return self.last(h)
-        if self.fault.spoils("loss without a graph"):
-            return chainer.Variable(loss.array)
         return loss
 
     def passage(self, h: chainer.Variable, stage: str) -> chainer.Variable:
@@ -237,7 +235,6 @@ SPOILT = (
     "weight that is NaN",
     "loss that is no Variable",
     "loss that is no scalar",
-    "loss without a graph",
 )
 STAGES_BEFORE_THE_UPDATE = (
     "schedule of accumulation_steps",

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import (
+    CountingUpdater,
     Step,
     assert_same_optimizer_state,
     assert_same_parameters,
@@ -124,10 +125,11 @@ def make(case: Case, updater_class: Any, iterator: Any, **kwargs: Any) -> Any:
 def make_standard(case: Case) -> Any:
     shuffling = {"shuffle": case.seed is not None, "repeat": case.repeat}
     if case.epoch_boundary == "flush":
-        iterator: Any = FlushingIterator(make_examples(case), case.batch_size, case.accumulation_steps, **shuffling)
-    else:
-        iterator = SerialIterator(make_examples(case), case.batch_size * case.accumulation_steps, **shuffling)
-    return make(case, StandardUpdater, iterator)
+        flushing = FlushingIterator(make_examples(case), case.batch_size, case.accumulation_steps, **shuffling)
+        return make(case, StandardUpdater, flushing)
+    iterator = SerialIterator(make_examples(case), case.batch_size * case.accumulation_steps, **shuffling)
+    batches = SerialIterator(make_examples(case), case.batch_size, shuffle=False, repeat=case.repeat)
+    return make(case, CountingUpdater, iterator, batches=batches, accumulation_steps=case.accumulation_steps)
 
 
 def make_accumulating(case: Case) -> Any:
