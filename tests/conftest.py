@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
+import random
 import re
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
@@ -14,6 +16,7 @@ import numpy
 import pytest
 from chainer.backends import cuda
 from chainer.iterators import SerialIterator
+from chainer.training.updaters import StandardUpdater
 from hypothesis import settings
 
 # No test asserts a time.
@@ -47,7 +50,8 @@ def _fixed_seed() -> Iterator[None]:
 
 
 def seed(number: int) -> None:
-    """Seeds the generators from which Chainer draws initial parameters, dropout masks and the order of examples."""
+    """Seeds the generators from which models, Chainer's functions and iterators draw."""
+    random.seed(number)
     numpy.random.seed(number)
     if DEVICE is not None and DEVICE.startswith("@cupy"):
         cuda.cupy.random.seed(number)
@@ -76,6 +80,22 @@ def make_model(n_out: int = 3) -> L.Classifier:
     return L.Classifier(
         chainer.Sequential(L.Linear(None, 8, initialW=first), F.relu, L.Linear(8, n_out, initialW=last))
     )
+
+
+class CountingUpdater(StandardUpdater):
+    """StandardUpdater, but its optimizer counts each epoch that ends with one of the batches that make an update."""
+
+    def __init__(self, *args: Any, batches: Any, accumulation_steps: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._batches = batches
+        self._accumulation_steps = accumulation_steps
+        self._num_epochs = 0
+
+    def update_core(self) -> None:
+        super().update_core()
+        for _ in itertools.islice(self._batches, self._accumulation_steps):
+            self._num_epochs += bool(self._batches.is_new_epoch)
+        self.get_optimizer("main").epoch = self._num_epochs
 
 
 class Step(NamedTuple):

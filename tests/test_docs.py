@@ -15,9 +15,19 @@ from conftest import dead_links, make_dataset, make_model, serial
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+WITHOUT_CODE = ["chainer_examples.md", "distributed.md", "gpu.md", "how_it_works.md", "index.md", "not_exact.md"]
+WITHOUT_CODE += ["results.md"]
 
 
-@pytest.mark.parametrize("name", PAGES)
+def code_of(name):
+    return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_pages_without_code_are_those_that_are_meant_to_have_none():
+    assert [name for name in PAGES if not code_of(name)] == WITHOUT_CODE
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name not in WITHOUT_CODE])
 def test_the_code_of_a_page_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # to which a Trainer writes
     model = make_model()
@@ -33,11 +43,10 @@ def test_the_code_of_a_page_runs(name, tmp_path, monkeypatch, capsys):
         "other_iter": serial(make_dataset(48), 12),
         "trainer": Trainer(updater, (2, "epoch"), out=str(tmp_path)),
     }
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
-    for block in blocks:
+    for block in code_of(name):
         exec(block, namespace)
     capsys.readouterr()
-    assert not blocks or namespace["optimizer"].t > 0
+    assert namespace["optimizer"].t > 0
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -59,7 +68,7 @@ def test_every_page_is_linked():
 def test_every_public_name_is_on_a_page_and_in_the_reference():
     text = "".join((DOCS / name).read_text(encoding="utf-8") for name in PAGES)
     reference = re.findall(r"^.. auto(?:class|function):: (.*)$", (DOCS / "api.rst").read_text("utf-8"), re.MULTILINE)
-    for name in {*chainer_accum.__all__, *chainer_accum.extensions.__all__} - {"extensions"}:
+    for name in [*chainer_accum.__all__, *chainer_accum.extensions.__all__]:
         assert name in text, name
         module = chainer_accum if name in chainer_accum.__all__ else chainer_accum.extensions
         assert f"{module.__name__}.{name}" in reference

@@ -92,6 +92,29 @@ def test_snapshots_without_it_can_be_loaded_and_leave_the_generators_alone(tmp_p
     assert state == (random.getstate(), numpy.random.get_state()[1].tolist())
 
 
+def test_a_snapshot_without_it_replaces_the_state_that_was_loaded_before(tmp_path):
+    make_trainer(tmp_path / "with", updates=4).run()
+    make_trainer(tmp_path / "without", keeps=False, updates=4).run()
+    trainer = make_trainer(tmp_path, updates=4)
+    load_npz(str(tmp_path / "with" / "4.npz"), trainer)
+    load_npz(str(tmp_path / "without" / "4.npz"), trainer)
+    state = numpy.random.get_state()[1].tolist()
+    trainer.run()
+    assert numpy.random.get_state()[1].tolist() == state
+
+
+def test_a_state_that_was_loaded_is_restored_once(tmp_path):
+    make_trainer(tmp_path, updates=4).run()
+    trainer = make_trainer(tmp_path, updates=4)
+    load_npz(str(tmp_path / "4.npz"), trainer)
+    extension = trainer.get_extension("keep_random_state")
+    drawn = []
+    for _ in range(2):
+        extension.initialize(trainer)
+        drawn.append(numpy.random.rand())
+    assert drawn[0] != drawn[1]
+
+
 def test_to_load_alone_changes_no_generator(tmp_path):
     make_trainer(tmp_path, updates=4).run()
     trainer = make_trainer(tmp_path)

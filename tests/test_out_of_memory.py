@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import conftest
 from conftest import (
+    CountingUpdater,
     assert_same_optimizer_state,
     assert_same_parameters,
     assert_same_steps,
@@ -120,10 +121,12 @@ def test_nothing_is_lost_whatever_the_limit(size, batch, steps, part, limit, rep
     data = make_dataset(size)
     updates = 3 if repeat else -(-size // (batch * steps))
     expected = make_updater(
-        StandardUpdater,
+        CountingUpdater,
         serial(data, batch * steps, repeat=repeat),
         chainer.optimizers.MomentumSGD(),
         make_limited(None, stage),
+        batches=serial(data, batch, repeat=repeat),
+        accumulation_steps=steps,
     )
     updater = make_updater(
         chainer_accum.AccumulatingUpdater,
@@ -137,9 +140,8 @@ def test_nothing_is_lost_whatever_the_limit(size, batch, steps, part, limit, rep
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         steps_run = run(updater, updates)
-    if batch * steps <= size or not repeat:
-        assert_same_steps(steps_run, run(expected, updates))
-        assert_same_parameters(updater.get_optimizer("main").target, expected.get_optimizer("main").target, 1e-5)
+    assert_same_steps(steps_run, run(expected, updates))
+    assert_same_parameters(updater.get_optimizer("main").target, expected.get_optimizer("main").target, 1e-5)
 
 
 def test_one_example_that_does_not_fit_is_an_error_that_changes_nothing():
@@ -212,32 +214,49 @@ def test_running_averages_are_those_of_the_passes_that_count():
             run(updater, 2)
         averages.append(to_host(model.predictor[0].avg_mean))
     numpy.testing.assert_array_equal(*averages)
+    assert (averages[0] != 1).all()
+
+
+def make_limited_updater(**kwargs):
+    return make_updater(
+        chainer_accum.AccumulatingUpdater,
+        serial(make_dataset(), 8),
+        chainer.optimizers.SGD(),
+        make_limited(4),
+        **kwargs,
+    )
 
 
 @pytest.mark.parametrize(
-    "kwargs, splits",
+    "kwargs",
     [
-        ({"micro_batch_size": 8}, True),
-        ({"micro_batch_size": 8, "split_when_out_of_memory": False}, False),
-        ({"accumulation_steps": 2}, False),
-        ({"accumulation_steps": 2, "micro_batch_size": 8}, False),
-        ({"accumulation_steps": 2, "split_when_out_of_memory": True}, True),
-        ({"split_when_out_of_memory": True}, True),
-        ({}, False),
+        {"micro_batch_size": 8},
+        {"accumulation_steps": 2, "split_when_out_of_memory": True},
+        {"split_when_out_of_memory": True},
     ],
 )
-def test_where_the_iterator_has_the_whole_batch_it_is_the_default_and_elsewhere_it_is_asked_for(kwargs, splits):
-    model = make_limited(4)
-    updater = make_updater(
-        chainer_accum.AccumulatingUpdater, serial(make_dataset(), 8), chainer.optimizers.SGD(), model, **kwargs
-    )
-    if splits:
-        with pytest.warns(RuntimeWarning, match="from now on a micro-batch has at most 4"):
-            updater.update()
-        assert updater.micro_batch_size == 4
-    else:
-        with pytest.raises(MemoryError, match="no room"):
-            updater.update()
+def test_it_splits_where_the_iterator_has_the_whole_batch_or_if_it_is_asked_to(kwargs):
+    updater = make_limited_updater(**kwargs)
+    with pytest.warns(RuntimeWarning, match="from now on a micro-batch has at most 4"):
+        updater.update()
+    assert updater.micro_batch_size == 4
+    assert updater.iteration == updater.get_optimizer("main").t == 1
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"micro_batch_size": 8, "split_when_out_of_memory": False},
+        {"accumulation_steps": 2},
+        {"accumulation_steps": 2, "micro_batch_size": 8},
+        {},
+    ],
+)
+def test_elsewhere_it_raises_what_the_pass_raised(kwargs):
+    updater = make_limited_updater(**kwargs)
+    with pytest.raises(MemoryError, match="^no room for 8 examples$"):
+        updater.update()
+    assert updater.iteration == updater.get_optimizer("main").t == 0
 
 
 def test_memory_that_the_iterator_or_the_optimizer_lacks_is_not_for_us_to_find():

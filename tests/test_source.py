@@ -26,10 +26,14 @@ ON_THE_HOST: Dict[str, Tuple[str, str]] = {
     "diagnostics.py": ("gradients have been sent to the host to be compared", "*"),
     "distributed.py": ("parameters are sent to the host to be broadcast; weights are floats", "array array_equal"),
     "extensions/learning_rate_survey.py": ("learning rates and losses are floats", "geomspace argmin"),
-    "gradient_sums.py": ("sums of what only the host has a shortcut for", "zeros"),
+    "_weight_gradients.py": ("sums of what only the host has a shortcut for", "zeros"),
+    "gradient_sums.py": ("names are text", "frombuffer uint8"),
     "random_state.py": ("the state of NumPy's generator is saved", "random array uint8 uint32 frombuffer"),
+    "recorded_arrays.py": ("only NumPy's arrays are recorded", "array may_share_memory empty"),
+    "remembered.py": ("generators are told by type; iterators serialize to the host", "random array"),
     "snapshots.py": ("a file is read to the host; an array is made only to ask for names", "load empty"),
-    "training_state.py": ("generators are told by type; iterators serialize to the host", "random array"),
+    "taken_gradients.py": ("only on the host is it asked whether a parameter has just been made", "isnan"),
+    "thread_state.py": ("how NumPy works is not about arrays", "geterr geterrcall getbufsize setbufsize"),
 }
 
 

@@ -149,7 +149,7 @@ def train_by_block(optimizer, parts):
 def train_by_calls(optimizer, parts):
     optimizer = chainer_accum.create_accumulating_optimizer(optimizer, len(parts))
     for part in parts:
-        optimizer.update(optimizer.target, *part, weight=len(part[0]))
+        optimizer.update_weighted(len(part[0]), optimizer.target, *part)
 
 
 def train_with_gradients(optimizer, parts):
@@ -158,7 +158,7 @@ def train_with_gradients(optimizer, parts):
         loss = optimizer.target(*part)
         optimizer.target.cleargrads()
         loss.backward()
-        optimizer.update(weight=len(part[0]))
+        optimizer.update_weighted(len(part[0]))
 
 
 @pytest.mark.parametrize("train", [train_by_block, train_by_calls, train_with_gradients])

@@ -85,6 +85,26 @@ def test_a_machine_that_is_slower_for_a_while_does_not_mislead_the_search(begins
     assert size.size == 512
 
 
+def test_neither_the_first_window_nor_one_that_began_again_is_timed(make_machine):
+    machine = make_machine(lambda size: 1.0)
+    size = TunedMicroBatchSize()
+    machine.run(size, 1)
+    assert size.timings == {}
+    machine.run(size, 1, fits=32)
+    assert (size.size, size.timings) == (32, {})
+    machine.run(size, 1, fits=32)
+    assert size.timings == {32: 1.0}
+
+
+def test_a_size_that_did_fit_and_fits_no_longer_is_forgotten(make_machine):
+    machine = make_machine(lambda size: 1 + abs(numpy.log2(size / 64)))
+    size = TunedMicroBatchSize()
+    machine.run(size, 6)
+    assert max(size.timings) > 64
+    machine.run(size, 40, fits=16)
+    assert size.size == max(size.timings) == 16
+
+
 @given(best=st.sampled_from([2**i for i in range(11)]), fits=st.integers(1, 1024), examples=st.integers(1, 1024))
 def test_memory_bounds_the_search(best, fits, examples):
     with pytest.MonkeyPatch.context() as monkeypatch:

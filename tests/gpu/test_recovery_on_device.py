@@ -172,17 +172,25 @@ def test_cached_gradients_make_the_step_of_the_whole_batch_with_dropout_replayed
     def compare(z, t):
         return F.softmax_cross_entropy(F.matmul(z, z, transb=True), chainer.get_device(DEVICE).xp.arange(len(z)))
 
-    model = make_model()
-    updater = make_updater(
+    def train(updater_class, make_kwargs):
+        model = make_model()
+        updater = make_updater(
+            updater_class, serial(make_dataset(), 24), optimizers.SGD(0.1), model, device=DEVICE, **make_kwargs(model)
+        )
+        cuda.cupy.random.seed(0)
+        with chainer.using_config("use_cudnn", "never"):
+            run(updater, 2)
+        return to_host(updater)
+
+    def encode(model, x):
+        return F.dropout(model.predictor(x))
+
+    def loss_of_all_parts(model):  # drawing for parts of six, as the micro-batches do
+        return lambda x, t: compare(F.concat([encode(model, x[i : i + 6]) for i in range(0, 24, 6)], axis=0), t)
+
+    actual = train(
         chainer_accum.CachedGradientUpdater,
-        serial(make_dataset(), 24),
-        optimizers.SGD(0.1),
-        model,
-        device=DEVICE,
-        encoder=lambda x, t: (F.dropout(model.predictor(x)), t),
-        loss_func=compare,
-        micro_batch_size=7,
+        lambda model: {"encoder": lambda x, t: (encode(model, x), t), "loss_func": compare, "micro_batch_size": 7},
     )
-    with chainer.using_config("use_cudnn", "never"):
-        run(updater, 2)  # which is refused if the second pass is another
-    assert all(numpy.isfinite(param.array).all() for param in to_host(updater).params())
+    expected = train(StandardUpdater, lambda model: {"loss_func": loss_of_all_parts(model)})
+    assert_same_parameters(actual, expected, 1e-5)
