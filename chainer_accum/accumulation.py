@@ -87,8 +87,12 @@ class _Block:
         self._optimizer = optimizer
         self._options = options
         self._rules = rules
+        self._is_entered = False
 
     def __enter__(self) -> Window:
+        if self._is_entered:
+            raise RuntimeError("a block must not be entered within itself; call accumulate again for another window")
+        self._is_entered = True
         self._observations = Observations(self._rules)
         self._window = begin_window(self._optimizer, *self._options, on_added=self._merge_reports)
         self._last_weight = 1.0
@@ -119,6 +123,7 @@ class _Block:
             raise
         finally:
             self._scope.close()
+            self._is_entered = False
 
     def _merge_reports(self, weight: float, is_counted: bool) -> None:
         """Takes what was reported since it was called last, unless that does not count."""

@@ -53,7 +53,8 @@ class AccumulatingUpdater(StandardUpdater):
     an iterator of its own.
 
     If the iterator, the converter, a forward or a backward pass raises, the examples of that update are dropped, and
-    parameters, optimizer, reporter and the persistent values of the models are as before it.
+    parameters, optimizer, reporter and the persistent values of the models are as before it. The same holds for Ctrl-C,
+    which waits if the parameters are already being updated.
 
     If memory does not suffice for a micro-batch, the update begins again with micro-batches of half the size, as later
     ones do. No example is read again or lost, persistent values and the random generators of the host are put back, and
@@ -116,8 +117,9 @@ class AccumulatingUpdater(StandardUpdater):
         input_device: Device to which the training data is sent.
         iteration: Current number of completed updates.
         auto_new_epoch: See the argument.
-        accumulation_steps (int): Number of iterator batches in the last update, or before the first, in that. It can
-            be set to all that the argument can be, from the next update on.
+        accumulation_steps (int): Number of iterator batches that the last update took. Before the first, it is the
+            number for that, or 1 if a function is to say. It can be set to all that the argument can be, from the next
+            update on.
         effective_batch_size (int): Number of examples in the last update that were not skipped, or ``None`` if that is
             not known: before the first, if the batches of the iterator are no lists, or if :attr:`accumulation_steps`
             is always one and there is no :attr:`micro_batch_size`, so that ``StandardUpdater`` does it.
@@ -134,6 +136,7 @@ class AccumulatingUpdater(StandardUpdater):
     Raises:
         FloatingPointError: If a micro-batch is not finite and ``nonfinite`` is ``'raise'``.
         MemoryError: If memory does not suffice for a single example.
+        RuntimeError: If no loss of the first update depends on a parameter of the model.
         TypeError: If an argument is of the wrong type or unknown.
         ValueError: If an argument has an impossible value, or an optimizer has not been set up.
 

@@ -296,5 +296,5 @@ class Window:
             self.is_open = False
             raise RuntimeError(
                 f"the optimizer must not update within a window, got {self._optimizer.t - self._updates} updates since "
-                "it began; leave out optimizer.update(), which the window calls when it ends"
+                "it began; leave out optimizer.update(), which the window calls when it ends, and other windows of it"
             )

@@ -154,6 +154,12 @@ def test_a_block_may_be_entered_again():
         assert optimizer.t == updates
 
 
+def test_a_block_is_not_entered_within_itself():
+    block = accumulate(set_up())
+    with pytest.raises(RuntimeError, match="must not be entered within itself; call accumulate again"), block, block:
+        pass
+
+
 @pytest.mark.parametrize("name", ["add", "add_gradients", "update"])
 def test_without_a_with_statement_it_says_how_to_write_it(name):
     message = f"accumulate is a context manager and has no '{name}', .*: with accumulate.optimizer. as window: window"
