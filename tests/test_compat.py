@@ -206,6 +206,8 @@ print("import pkg_resources" in source)
 def test_the_check_of_the_environment_runs_on_a_mac() -> None:
     script = """
 import sys
+import sysconfig
+sysconfig.get_config_vars()  # which Python 3.8 looks up by the platform
 sys.platform = "darwin"
 import chainer_accum, chainer
 print(chainer._environment_check.numpy.distutils.system_info.get_info("blas_opt"))
@@ -258,6 +260,7 @@ assert runs()
     assert run_python("-W", "error", "-c", HIDE_ALL + script) == ""
 
 
+@pytest.mark.skipif(numpy.__version__ < "2", reason="SciPy for an older NumPy does not survive the first import")
 def test_chainer_can_be_imported_after_an_import_that_failed() -> None:
     script = """
 try:
