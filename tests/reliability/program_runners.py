@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import chainer_accum
 import chainer
@@ -53,6 +53,11 @@ def converter_of(program: Program) -> Any:
 def weight_of(program: Program, examples: List[Any]) -> Any:
     weigh = NORMALIZATIONS[program.normalization].weight
     return len(examples) if weigh is None else weigh(Batch(*chainer.dataset.concat_examples(examples)))
+
+
+def rules_of(program: Program) -> Optional[Dict[str, str]]:
+    """Returns the rules for what the loss of a program reports: a sum of examples is added up."""
+    return {"main/loss": "sum"} if program.normalization == "sum" else None
 
 
 class ListIterator(chainer.dataset.Iterator):
@@ -114,7 +119,7 @@ class Updater:
                 loss_func=None if program.loss_func == "model" else make_loss_func(program, model),
                 weight_func=None if is_plain else functools.partial(weight_of, program),
                 loss_reduction="sum" if program.normalization == "sum" else "mean",
-                observation_rules={"main/loss": "sum"} if program.normalization == "sum" else None,
+                observation_rules=rules_of(program),
                 nonfinite=program.nonfinite,
                 batch_statistics="window" if program.watchers else "micro_batch",
                 prefetch=program.prefetch,
@@ -155,7 +160,7 @@ class Block:
             loss_reduction=reduction,
             nonfinite=program.nonfinite,
             batch_statistics=statistics,
-            observation_rules={"main/loss": "sum"} if program.normalization == "sum" else None,
+            observation_rules=rules_of(program),
         ) as block:
             for part in window.parts:
                 examples = [self._examples[number] for number in part]
@@ -201,10 +206,7 @@ class Wrapped:
             model.cleargrads()
             loss.backward(loss_scale=self.optimizer._loss_scale)
             loss_func, arrays = None, ()
-        if hasattr(self._wrapped, "update_weighted"):
-            self._wrapped.update_weighted(weight, loss_func, *arrays)
-        else:  # REMOVE once update_weighted is there
-            self._wrapped.update(loss_func, *arrays, weight=weight)
+        self._wrapped.update_weighted(weight, loss_func, *arrays)
 
 
 RUNNERS: Dict[str, Any] = {
