@@ -50,9 +50,14 @@ MISSING_NAMES = [
 ]
 
 
+def is_switched_off() -> bool:
+    """Returns whether every module is to be left as it is."""
+    return os.environ.get("CHAINER_ACCUM_COMPAT") == "0"
+
+
 def restore_missing_names() -> None:
     """Lets Chainer find all that it looks up, unless ``CHAINER_ACCUM_COMPAT=0``."""
-    if os.environ.get("CHAINER_ACCUM_COMPAT") == "0":
+    if is_switched_off():
         return
     for missing in MISSING_NAMES:
         if _numpy_lacks(missing.name):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
 import random
 import re
+import subprocess
+import sys
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
-import chainer_accum  # noqa: F401  (before chainer, which it makes importable)
+import chainer_accum  # before chainer, which it makes importable
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -203,6 +206,21 @@ def assert_same_steps(actual: List[Step], expected: List[Step], tolerance: float
                 atol=tolerance,
                 err_msg=key,
             )
+
+
+def run_python(*arguments: str, path: Any = "", status: int = 0) -> str:
+    """Runs a fresh interpreter, which is to end with the status, and returns what it prints."""
+    paths = [str(path), str(pathlib.Path(chainer_accum.__file__).parent.parent)]
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == status, process.stdout
+    return process.stdout
 
 
 def dead_links(path: pathlib.Path) -> List[str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import chainer_accum
 import numpy
 import pytest
 from chainer_accum import _compat, _pkg_resources
+
+from conftest import run_python
 
 NAMES = [entry.name for entry in _compat.MISSING_NAMES]
 
@@ -72,21 +71,6 @@ def hide(monkeypatch: Any, name: str) -> None:
 
 def _raise_attribute_error(name: str) -> None:
     raise AttributeError(name)
-
-
-def run_python(*arguments: str, path: Any = "") -> str:
-    """Runs a fresh interpreter and returns what it prints."""
-    paths = [str(path), str(Path(chainer_accum.__file__).parent.parent)]
-    process = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stdout
-    return process.stdout
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -277,41 +261,6 @@ except (AttributeError, ImportError):
 @pytest.mark.parametrize("action", ["always", "error"])
 def test_the_import_is_quiet_however_warnings_are_shown(action: str) -> None:
     assert run_python("-W", action, "-c", "import chainer_accum") == ""
-
-
-@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
-def test_worker_processes_of_an_iterator_can_import_chainer(start_method: str, tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        """
-import multiprocessing
-import sys
-
-import chainer_accum
-import chainer
-import chainer.links as L
-import numpy
-from chainer.iterators import MultiprocessIterator, SerialIterator
-
-def train(iterator):
-    model = L.Classifier(L.Linear(3, 2, initialW=0.5))
-    updater = chainer_accum.AccumulatingUpdater(
-        iterator, chainer.optimizers.SGD().setup(model), accumulation_steps=2
-    )
-    for _ in range(3):
-        updater.update()
-    iterator.finalize()
-    return model.predictor.W.array
-
-if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
-    dataset = [(numpy.full(3, i, numpy.float32), numpy.int32(i % 2)) for i in range(10)]
-    actual = train(MultiprocessIterator(dataset, 4, shuffle=False, n_processes=2))
-    numpy.testing.assert_array_equal(actual, train(SerialIterator(dataset, 4, shuffle=False)))
-    print("trained")
-"""
-    )
-    assert run_python(str(script), start_method) == "trained\n"
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
