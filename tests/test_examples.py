@@ -48,7 +48,7 @@ def test_digits_shows_three_ways_that_end_in_the_same_parameters_with_less_memor
     assert max(map(float, losses)) - min(map(float, losses)) < 1e-5, printed
     full, gathered, split = (float(peak.replace("MiB", "")) for peak in peaks)
     assert max(gathered, split) < full / 2, printed
-    assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     for way in ("full_batch", "gathered", "split"):
         assert (tmp_path / way / "log").exists()
         assert (tmp_path / way / "loss.png").exists()

@@ -5,7 +5,7 @@
 (c) with AccumulatingUpdater, which splits that batch.
 
 Seed, initial parameters and the order of examples are the same. A table of what differs and what does not, and a plot
-of the loss curves, go to the folder given by --out; the log and the snapshot of each way to a folder of its own in it.
+of losses and memory, go to the folder given by --out; the log and snapshot of each way to a folder of its own in it.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def main() -> None:
     table = make_table(results)
     print(table)
     (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
-    plot_losses(results, args.out / "loss_curves.png")
-    print(f"\nLoss curves: {args.out / 'loss_curves.png'}")
+    plot_comparison(results, args.out / "comparison.png")
+    print(f"\nLoss curves and memory: {args.out / 'comparison.png'}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -219,12 +219,16 @@ def make_table(results: Sequence[Result]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot_losses(results: Sequence[Result], path: Path) -> None:
-    """Draws the loss curves, from broad to fine so that all can be seen where they coincide, and how they differ."""
-    figure = Figure(figsize=(8, 6), constrained_layout=True)
-    curves, differences = figure.subplots(2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+def plot_comparison(results: Sequence[Result], path: Path) -> None:
+    """Draws loss curves, how they differ, and the peak memory of an update."""
+    figure = Figure(figsize=(11, 5.5), constrained_layout=True)
+    grid = figure.add_gridspec(2, 2, width_ratios=[3, 2], height_ratios=[3, 1])
+    curves = figure.add_subplot(grid[0, 0])
+    differences = figure.add_subplot(grid[1, 0], sharex=curves)
+    memory = figure.add_subplot(grid[:, 1])
     epochs = [entry["epoch"] for entry in results[0].log]
     reference = numpy.array([entry["main/loss"] for entry in results[0].log])
+    # From broad to fine, so that all three can be seen where they coincide.
     styles: List[Dict[str, Any]] = [
         {"color": "#9ecae1", "linewidth": 9, "marker": "o", "markersize": 15},
         {"color": "#e6550d", "linewidth": 3.5, "marker": "o", "markersize": 8},
@@ -234,14 +238,19 @@ def plot_losses(results: Sequence[Result], path: Path) -> None:
         losses = numpy.array([entry["main/loss"] for entry in result.log])
         curves.plot(epochs, losses, label=result.title, **style)
         differences.plot(epochs, losses - reference, **{**style, "linewidth": style["linewidth"] / 2})
-    curves.set(
-        yscale="log", ylabel="training loss (mean over the epoch)", title="One training of the digits, three ways"
-    )
+    curves.set(yscale="log", ylabel="training loss (mean over the epoch)", title="The same training ...")
+    curves.tick_params(labelbottom=False)
     curves.legend(markerscale=0.7)
     differences.set(xlabel="epoch", ylabel="difference from (a)")
     differences.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (curves, differences):
         axes.grid(alpha=0.3)
+    names = [result.title.split()[0] for result in results]
+    bars = memory.bar(names, [result.peak_mib for result in results], color=[style["color"] for style in styles])
+    for bar, result in zip(bars, results):
+        position = (bar.get_x() + bar.get_width() / 2, bar.get_height())
+        memory.annotate(f"{result.peak_mib:.1f} MiB", position, (0, 4), textcoords="offset points", ha="center")
+    memory.set(ylabel="peak memory of an update (MiB)", title="... in a fraction of the memory")
     figure.savefig(path, dpi=120)
 
 
