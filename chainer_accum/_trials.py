@@ -101,6 +101,7 @@ class Trials:
         for param, array in arrays:
             if param.array is None:
                 self._born.append(functools.partial(_give, param, "array", array))
+                self._born.append(param.cleargrad)  # a forward pass may look at it, as that of a static graph does
         for link, name, value in values:
             if getattr(link, name, value) is None:
                 self._born.append(functools.partial(_give, link, name, value))

@@ -576,6 +576,17 @@ def test_a_model_without_a_loss_in_test_mode_has_unknown_causes(value):
     assert "Apart from that" not in result.message
 
 
+def test_a_loss_may_look_at_the_gradient_of_a_parameter_that_it_has_just_initialized():
+    model = make_model()
+
+    def lossfun(x, t):
+        loss = model(x, t)
+        assert all(param.grad is None or param.grad.shape == param.shape for param in model.params())
+        return loss
+
+    assert check_equivalence(model, make_dataset(12), loss_func=lossfun)
+
+
 def test_many_micro_batches_are_not_all_listed():
     result = check_equivalence(classifier(), make_dataset(40), micro_batch_size=2)
     assert "with micro-batches of 2, 2, 2, 2, 2, 2, 2, 2 and 13 more examples" in result.message
