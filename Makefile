@@ -10,7 +10,7 @@ RUN = $(VENV)/bin/python -m
 # Named for the interpreter, so that asking for another one makes the environment anew.
 READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
 
-.PHONY: demo test test-mpi mpi-jobs test-gpu check lint types docs reliability oldest newest coverage bench bench-mpi
+.PHONY: demo test test-mpi mpi-jobs test-chainer test-gpu check lint types docs reliability oldest newest coverage bench bench-mpi
 .PHONY: bench-gpu on-gpu peers communication.md ready clean
 
 demo: $(READY)
@@ -59,6 +59,13 @@ mpi-jobs: $(READY)
 			$(RUN) pytest -p no:cacheprovider --capture=sys tests/mpi || exit; \
 	done
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/test_example_chainermn.py
+
+# Chainer's own tests, of the checkout that CHAINER names, with what some of them ask for.
+test-chainer:
+	$(MAKE) ready VENV=.venvs/chainer REQUIREMENTS="scipy h5py mock pillow pytest-timeout"
+	OMP_NUM_THREADS=1 MPLBACKEND=agg .venvs/chainer/bin/python tools/test_chainer.py \
+		"$(or $(CHAINER),$(error name a checkout of Chainer: make test-chainer CHAINER=/path/to/chainer))" \
+		-n auto --timeout 300
 
 # For a machine with a GPU, in an environment that has CuPy: these two install nothing, and take the interpreter as it is.
 # Without NVIDIA_TF32_OVERRIDE=0, cuDNN may round float32 to 10 bits.

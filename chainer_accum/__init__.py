@@ -4,9 +4,10 @@ from chainer_accum import _compat
 
 _compat.restore_missing_names()
 
-from chainer_accum import _processes  # noqa: E402
+from chainer_accum import _processes, _repairs  # noqa: E402
 
 _processes.let_chainer_start_processes()
+_repairs.repair_chainer()
 
 from chainer_accum import extensions as extensions  # noqa: E402
 from chainer_accum.accumulation import accumulate  # noqa: E402

@@ -4,7 +4,8 @@ Chainer is frozen, the packages under it are not: since its last release they re
 needs. This module puts back those names, and only where they are missing, so that on the stack that Chainer was made
 for it does nothing. The names of NumPy in :data:`MISSING_NAMES` stay: Chainer looks them up whenever it computes, and
 they are all that they were. The modules in :data:`~chainer_accum._stand_ins.STAND_INS` are shown to Chainer only. That
-is the whole list. Set the environment variable ``CHAINER_ACCUM_COMPAT=0`` to leave every module as it is.
+is all that is missing; for what is there and fails, see :mod:`chainer_accum._repairs`. Set the environment variable
+``CHAINER_ACCUM_COMPAT=0`` to leave every module as it is.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ ON_THE_HOST: Dict[str, Tuple[str, str]] = {
     "_blas.py": ("it looks for the library of NumPy, to which only NumPy's arrays go", "__file__ ascontiguousarray"),
     "_compat.py": ("it is about the module itself", "*"),
     "_convolution.py": ("only NumPy's arrays go there", "pad lib"),
+    "_repairs.py": ("only where NumPy computes does Chainer fail; what it tries itself is in host memory", "*"),
     "_trials.py": ("gradients are sent to the host to be compared", "array"),
     "cached_gradients.py": ("the lengths of micro-batches are ints", "cumsum"),
     "diagnostics.py": ("gradients have been sent to the host to be compared", "*"),
