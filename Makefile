@@ -10,7 +10,8 @@ RUN = $(VENV)/bin/python -m
 # Named for the interpreter, so that asking for another one makes the environment anew.
 READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
 
-.PHONY: demo test test-mpi mpi-jobs test-chainer test-gpu check lint types docs reliability oldest newest coverage bench bench-mpi
+.PHONY: demo test test-mpi mpi-jobs test-chainer test-clients clients test-gpu check lint types docs reliability oldest
+.PHONY: newest coverage bench bench-mpi
 .PHONY: bench-gpu on-gpu peers communication.md ready clean
 
 demo: $(READY)
@@ -20,7 +21,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto
 
-check: lint types docs demo reliability oldest newest
+check: lint types docs demo reliability test-clients oldest newest
 
 lint: $(READY)
 	$(RUN) ruff check .
@@ -66,6 +67,13 @@ test-chainer:
 	OMP_NUM_THREADS=1 MPLBACKEND=agg .venvs/chainer/bin/python tools/test_chainer.py \
 		"$(or $(CHAINER),$(error name a checkout of Chainer: make test-chainer CHAINER=/path/to/chainer))" \
 		-n auto --timeout 300
+
+# Programs and libraries that others made for Chainer, on a Python that has removed some of what they look up.
+test-clients:
+	$(MAKE) clients VENV=.venvs/clients PYTHON="$(or $(PYTHON),$$(tools/pythons.sh | grep '3\.1[23]' | tail -n 1))"
+
+clients: $(READY)-with-clients
+	CHAINER_ACCUM_COMPAT=all OMP_NUM_THREADS=1 $(RUN) pytest -n auto -W ignore -o markers="gpu: of ChainerCV" tests/clients
 
 # For a machine with a GPU, in an environment that has CuPy: these two install nothing, and take the interpreter as it is.
 # Without NVIDIA_TF32_OVERRIDE=0, cuDNN may round float32 to 10 bits.
@@ -121,6 +129,13 @@ coverage: $(READY)
 clean:
 	rm -rf .venv .venvs .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist result
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The compiler is one that compiles nothing: ChainerCV's only module in C is for GPUs, and no new Python can compile it.
+$(READY)-with-clients: $(READY) tests/clients/requirements.txt tests/clients/clients.txt
+	$(RUN) pip install --disable-pip-version-check --quiet --requirement tests/clients/requirements.txt
+	CC=true LDSHARED=true $(RUN) pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation \
+		--requirement tests/clients/clients.txt
+	touch $@
 
 # Only those who build the documentation need Sphinx.
 $(READY)-for-docs: $(READY)

@@ -1,8 +1,9 @@
 """Exact gradient accumulation for Chainer."""
 
-from chainer_accum import _compat
+from chainer_accum import _compat, _old_names
 
 _compat.restore_missing_names()
+_old_names.restore_removed_names_if_asked()
 
 from chainer_accum import _processes, _repairs  # noqa: E402
 
@@ -10,6 +11,7 @@ _processes.let_chainer_start_processes()
 _repairs.repair_chainer()
 
 from chainer_accum import extensions as extensions  # noqa: E402
+from chainer_accum._old_names import restore_removed_names  # noqa: E402
 from chainer_accum.accumulation import accumulate  # noqa: E402
 from chainer_accum.cached_gradients import CachedGradientUpdater  # noqa: E402
 from chainer_accum.diagnostics import check_equivalence  # noqa: E402
@@ -28,6 +30,7 @@ __all__ = [
     "check_equivalence",
     "create_accumulating_optimizer",
     "load_snapshot",
+    "restore_removed_names",
     "setup_trainer_with_accumulation",
     "train_model",
 ]

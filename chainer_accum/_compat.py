@@ -4,7 +4,8 @@ Chainer is frozen, the packages under it are not: since its last release they re
 needs. This module puts back those names, and only where they are missing, so that on the stack that Chainer was made
 for it does nothing. The names of NumPy in :data:`MISSING_NAMES` stay: Chainer looks them up whenever it computes, and
 they are all that they were. The modules in :data:`~chainer_accum._stand_ins.STAND_INS` are shown to Chainer only. That
-is all that is missing; for what is there and fails, see :mod:`chainer_accum._repairs`. Set the environment variable
+is all that is missing; for what is there and fails, see :mod:`chainer_accum._repairs`. What other programs look up is
+in :mod:`~chainer_accum._old_names`, and put back on request only. Set the environment variable
 ``CHAINER_ACCUM_COMPAT=0`` to leave every module as it is.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import types
 import warnings
 from typing import Any, NamedTuple
 
@@ -61,16 +63,17 @@ def restore_missing_names() -> None:
     if is_switched_off():
         return
     for missing in MISSING_NAMES:
-        if _numpy_lacks(missing.name):
+        if lacks(numpy, missing.name):
             setattr(numpy, missing.name, missing.value)
     show_stand_ins_to_chainer()
     _forget_failed_import()
 
 
-def _numpy_lacks(name: str) -> bool:
+def lacks(module: types.ModuleType, name: str) -> bool:
+    """Returns whether a module lacks a name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an alias that is only deprecated is there, and warns when it is looked at
-        return not hasattr(numpy, name)
+        return not hasattr(module, name)
 
 
 def _forget_failed_import() -> None:

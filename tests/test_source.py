@@ -22,6 +22,7 @@ ON_THE_HOST: Dict[str, Tuple[str, str]] = {
     "_compat.py": ("it is about the module itself", "*"),
     "_convolution.py": ("only NumPy's arrays go there", "pad lib"),
     "_repairs.py": ("only where NumPy computes does Chainer fail; what it tries itself is in host memory", "*"),
+    "_old_names.py": ("it is about the module itself", "*"),
     "_trials.py": ("gradients are sent to the host to be compared", "array"),
     "cached_gradients.py": ("the lengths of micro-batches are ints", "cumsum"),
     "diagnostics.py": ("gradients have been sent to the host to be compared", "*"),
