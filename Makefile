@@ -14,8 +14,9 @@ READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
 .PHONY: newest coverage bench bench-mpi
 .PHONY: bench-gpu on-gpu peers communication.md ready clean
 
+# One thread, as in the tests: with more, the demo takes several times as long on a busy machine.
 demo: $(READY)
-	$(VENV)/bin/python examples/digits/train_digits.py --out result
+	OMP_NUM_THREADS=1 $(VENV)/bin/python examples/digits/train_digits.py --out result
 
 # A process per core, each with one thread: small arrays gain nothing from more.
 test: $(READY)
@@ -142,6 +143,6 @@ $(READY)-for-docs: $(READY)
 	$(RUN) pip install --disable-pip-version-check --quiet --editable '.[docs]'
 	touch $@
 
-$(READY): setup.py setup.cfg build-constraints.txt $(CONSTRAINTS) tools/make_venv.sh
+$(READY): setup.py setup.cfg pyproject.toml build-constraints.txt $(CONSTRAINTS) tools/make_venv.sh
 	REQUIREMENTS="$(REQUIREMENTS)" tools/make_venv.sh $(VENV) "$(PYTHON)" $(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@

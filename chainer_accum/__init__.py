@@ -1,9 +1,10 @@
 """Exact gradient accumulation for Chainer."""
 
-from chainer_accum import _compat, _old_names
+from chainer_accum import _compat, _old_names, _requirement
 
 _compat.restore_missing_names()
 _old_names.restore_removed_names_if_asked()
+_requirement.require_chainer()
 
 from chainer_accum import _processes, _repairs  # noqa: E402
 
