@@ -16,6 +16,7 @@ import contextlib
 import copy
 import io
 import multiprocessing
+import multiprocessing.pool
 import pickle
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -51,7 +52,7 @@ class _Multiprocessing:
     ) -> Any:
         """Returns a pool, one of whose workers at least is set up."""
         if multiprocessing.get_start_method() == "fork":
-            return multiprocessing.Pool(processes, initializer, initargs, maxtasksperchild)
+            return _Pool(processes, initializer, initargs, maxtasksperchild)
         workers: List[Any] = []
 
         def make_worker(*args: Any, **kwargs: Any) -> Any:
@@ -62,7 +63,8 @@ class _Multiprocessing:
         context.Process = make_worker
         receiver, sender = multiprocessing.Pipe(duplex=False)
         with _explaining(), receiver:
-            pool = context.Pool(processes, _run, (sender, _Parcel((initializer, initargs, {}))), maxtasksperchild)
+            call = _Parcel((initializer, initargs, {}))
+            pool = _Pool(processes, _run, (sender, call), maxtasksperchild, context)
             try:
                 _await_report(receiver, workers)
             except BaseException:
@@ -75,6 +77,22 @@ class _Multiprocessing:
         if multiprocessing.get_start_method() == "fork":
             return multiprocessing.Process(target=target, args=args, kwargs=kwargs)
         return _Process(target, args, kwargs)
+
+
+class _Pool(multiprocessing.pool.Pool):
+    """A pool that may have no worker for a while, when all of them have done their share and new ones are starting.
+
+    By default, :mod:`multiprocessing` divides the work by the number of workers that are alive.
+
+    """
+
+    def __init__(self, processes: int, *args: Any) -> None:
+        self._num_chunks = 4 * processes
+        super().__init__(processes, *args)
+
+    def map_async(self, func: Callable[..., Any], iterable: Iterable[Any]) -> Any:  # type: ignore[override]
+        items = list(iterable)
+        return super().map_async(func, items, chunksize=max(1, -(-len(items) // self._num_chunks)))
 
 
 class _Process:

@@ -64,15 +64,16 @@ multiprocessing.set_start_method(sys.argv[1])
 
 READ_RANGE = """
 dataset = chainer.datasets.TupleDataset(numpy.arange(3), numpy.arange(3) + 5)
+# One worker, which is replaced after each batch: the next batch is asked for while there is none.
 iterator = MultiprocessIterator(dataset, 2, shuffle=False, n_processes=1, maxtasksperchild=2)
-print([[int(value) for value, _ in iterator.next()] for _ in range(2)])
+print([[int(value) for value, _ in iterator.next()] for _ in range(3)])
 iterator.finalize()
 """
 
 
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_program_without_a_script_has_workers_and_replaces_them(start_method: str) -> None:
-    assert run_python("-c", BEGIN + READ_RANGE, start_method) == "[[0, 1], [2, 0]]\n"
+    assert run_python("-c", BEGIN + READ_RANGE, start_method) == "[[0, 1], [2, 0], [1, 2]]\n"
 
 
 @pytest.mark.parametrize("start_method", START_METHODS)
@@ -135,7 +136,7 @@ def test_a_script_that_trains_when_it_is_imported_is_an_error_at_once(start_meth
 def test_an_import_in_the_guarded_part_of_a_script_is_enough(start_method: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("if __name__ == '__main__':" + (BEGIN + READ_RANGE).replace("\n", "\n    "))
-    assert run_python(str(script), start_method) == "[[0, 1], [2, 0]]\n"
+    assert run_python(str(script), start_method) == "[[0, 1], [2, 0], [1, 2]]\n"
 
 
 @pytest.mark.parametrize("module", [multiprocess_iterator, snapshot_writers])
