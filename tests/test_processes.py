@@ -66,8 +66,9 @@ READ_RANGE = """
 dataset = chainer.datasets.TupleDataset(numpy.arange(3), numpy.arange(3) + 5)
 # One worker, which is replaced after each batch: the next batch is asked for while there is none.
 iterator = MultiprocessIterator(dataset, 2, shuffle=False, n_processes=1, maxtasksperchild=2)
-print([[int(value) for value, _ in iterator.next()] for _ in range(3)])
+batches = [[int(value) for value, _ in iterator.next()] for _ in range(3)]
 iterator.finalize()
+print(batches)  # last, since a process that is forked in between would print it as well
 """
 
 
@@ -114,7 +115,7 @@ for use in [
 """
     printed = run_python("-c", BEGIN + script, start_method)
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-    causes = ["Can't get attribute 'Dataset'", "<lambda>"] + ["Can't get attribute 'save'"] * 2
+    causes = ["attribute 'Dataset'", "<lambda>"] + ["attribute 'save'"] * 2
     assert len(errors) == len(causes)
     for error, cause in zip(errors, causes):
         assert error.startswith("error: a worker process of Chainer cannot start: ")
@@ -128,7 +129,7 @@ def test_a_script_that_trains_when_it_is_imported_is_an_error_at_once(start_meth
     script = tmp_path / "train.py"
     script.write_text(BEGIN.replace("start_method(sys.argv[1])", "start_method(sys.argv[1], force=True)") + READ_RANGE)
     printed = run_python(str(script), start_method, status=1)
-    assert "RuntimeError: a worker process of Chainer cannot start: it ended before it was set up" in printed
+    assert "RuntimeError: a worker process of Chainer cannot start: " in printed
     assert "put what the script runs below `if __name__ == '__main__':`" in printed
 
 
