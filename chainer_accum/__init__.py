@@ -1,29 +1,21 @@
 """Exact gradient accumulation for Chainer."""
 
-from chainer_accum import _compat, _old_names, _requirement
+from chainer_accum._compat import prepare_chainer, restore_removed_names
 
-_compat.restore_missing_names()
-_old_names.restore_removed_names_if_asked()
-_requirement.require_chainer()
-
-from chainer_accum import _processes, _repairs  # noqa: E402
-
-_processes.let_chainer_start_processes()
-_repairs.repair_chainer()
+prepare_chainer()
 
 from chainer_accum import extensions as extensions  # noqa: E402
-from chainer_accum._old_names import restore_removed_names  # noqa: E402
 from chainer_accum.accumulation import accumulate  # noqa: E402
 from chainer_accum.cached_gradients import CachedGradientUpdater  # noqa: E402
 from chainer_accum.diagnostics import check_equivalence  # noqa: E402
-from chainer_accum.loops import setup_trainer_with_accumulation, train_model  # noqa: E402
 from chainer_accum.optimizer import create_accumulating_optimizer  # noqa: E402
-from chainer_accum.snapshots import load_snapshot  # noqa: E402
+from chainer_accum.state import load_snapshot  # noqa: E402
+from chainer_accum.training import setup_trainer_with_accumulation, train_model  # noqa: E402
 from chainer_accum.updater import AccumulatingUpdater  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
-# Not "extensions": that name is often taken already, by chainer.training.extensions.
+# Not "extensions": programs often import chainer.training.extensions under that name.
 __all__ = [
     "AccumulatingUpdater",
     "CachedGradientUpdater",

@@ -1,22 +1,24 @@
-"""Checks of arguments, whose errors name the argument, the value and the remedy."""
+"""Argument checks, whose errors name the argument, the value and the remedy."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Callable, Tuple
+from typing import Any, Callable, Mapping, Tuple, TypeVar
 
 import chainer
 
+Result = TypeVar("Result")
 
-def check_instance(optimizer: Any, name: str) -> None:
-    """Raises TypeError for the class of an optimizer."""
+
+def check_instance(optimizer: object, name: str) -> None:
+    """Raises TypeError if the optimizer is a class and not an instance."""
     if isinstance(optimizer, type):
         raise TypeError(f"{name} must be an instance, got the class {optimizer.__name__}; write {optimizer.__name__}()")
 
 
-def check_set_up(optimizer: Any, name: str) -> None:
-    """Raises TypeError for what is no optimizer, and ValueError unless it has been set up with a model."""
+def check_set_up(optimizer: object, name: str) -> None:
+    """Raises TypeError for anything but an optimizer, and ValueError if it has not been set up with a model."""
     check_instance(optimizer, name)
     if not callable(getattr(optimizer, "setup", None)) or not callable(getattr(optimizer, "update", None)):
         raise TypeError(f"{name} must be an optimizer, got {optimizer!r}; pass one such as chainer.optimizers.Adam()")
@@ -27,26 +29,44 @@ def check_set_up(optimizer: Any, name: str) -> None:
         )
 
 
-def check_callable(name: str, value: Any, remedy: str = "pass a function") -> None:
+def check_main(name: str, by_name: Mapping[str, object], what: str, method: str, remedy: str) -> None:
+    """Raises ValueError if ``by_name`` has no key ``'main'``, and TypeError if its value does not have the method."""
+    if "main" not in by_name:
+        raise ValueError(f"{name} must have the key 'main', got the keys {sorted(by_name)}; name one of them 'main'")
+    if not callable(getattr(by_name["main"], method, None)):
+        raise TypeError(f"{name} must be {what} or a dict of them, got {by_name['main']!r}; {remedy}")
+
+
+def check_loss_scale(loss_scale: Any) -> None:
+    """Raises ValueError unless the loss scale is ``None`` or a positive number."""
+    is_number = isinstance(loss_scale, numbers.Real) and not isinstance(loss_scale, bool)
+    if loss_scale is not None and not (is_number and 0 < float(loss_scale) < math.inf):
+        raise ValueError(
+            f"loss_scale must be a positive number, got {loss_scale!r}; "
+            "for dynamic scaling, call optimizer.loss_scaling()"
+        )
+
+
+def check_callable(name: str, value: object, remedy: str = "pass a function") -> None:
     """Raises TypeError unless the value can be called."""
     if not callable(value):
         raise TypeError(f"{name} must be callable, got {value!r}; {remedy}")
 
 
-def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: Tuple[str, ...]) -> None:
     """Raises ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_bool(name: str, value: Any, remedy: str) -> None:
+def check_bool(name: str, value: object, remedy: str) -> None:
     """Raises TypeError unless the value is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}; {remedy}")
 
 
-def check_int(name: str, value: Any, least: int, remedy: str) -> int:
-    """Returns the value as an int, or raises TypeError or ValueError unless it is one and ``least`` or more."""
+def check_int(name: str, value: object, least: int, remedy: str) -> int:
+    """Returns the value as an int, or raises TypeError if it is not one and ValueError if it is less than ``least``."""
     message = f"{name} must be an int of {least} or more, got {value!r}; {remedy}"
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(message)
@@ -55,8 +75,8 @@ def check_int(name: str, value: Any, least: int, remedy: str) -> int:
     return int(value)
 
 
-def check_real(name: str, value: Any, is_possible: Callable[[float], bool], expected: str, remedy: str) -> float:
-    """Returns the value as a float, or raises TypeError or ValueError unless it is a number that is possible."""
+def check_real(name: str, value: object, is_possible: Callable[[float], bool], expected: str, remedy: str) -> float:
+    """Returns the value as a float, or raises TypeError if it is not a number and ValueError if it is out of range."""
     message = f"{name} must be {expected}, got {value!r}; {remedy}"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(message)
@@ -65,19 +85,21 @@ def check_real(name: str, value: Any, is_possible: Callable[[float], bool], expe
     return float(value)
 
 
-def call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Returns what a function of the user returns, whose StopIteration must not be taken for the end of the data.
+def call(name: str, function: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
+    """Returns what the user's function returns, and turns a StopIteration from it into an error.
+
+    Otherwise, the StopIteration would be taken for the end of the data.
 
     Raises:
-        RuntimeError: If it raises StopIteration.
+        RuntimeError: If the function raises StopIteration.
 
     """
     try:
         return function(*args, **kwargs)
     except StopIteration as error:
         raise RuntimeError(
-            f"{name} must not raise StopIteration, got it from {function!r}; only the iterator says that data has "
-            "ended, so catch it, as of next(), where it is raised"
+            f"{name} must not raise StopIteration, got it from {function!r}; only the iterator says when the "
+            "data has ended; catch the exception, for example from next(), where it is raised"
         ) from error
 
 

@@ -13,7 +13,7 @@ from chainer.optimizers import SGD
 from chainer.training import Trainer, extensions
 from chainer.training.updaters import StandardUpdater
 
-from conftest import assert_same_parameters, make_dataset, make_model, make_updater, serial
+from helpers import assert_same_parameters, make_dataset, make_model, make_updater, serial
 
 x, t = chainer.dataset.concat_examples(make_dataset(24))
 
@@ -156,13 +156,15 @@ def test_a_block_may_be_entered_again():
 
 def test_a_block_is_not_entered_within_itself():
     block = accumulate(set_up())
-    with pytest.raises(RuntimeError, match="must not be entered within itself; call accumulate again"), block, block:
+    with pytest.raises(RuntimeError, match="must not be entered inside itself; call accumulate again"), block, block:
         pass
 
 
 @pytest.mark.parametrize("name", ["add", "add_gradients", "update"])
 def test_without_a_with_statement_it_says_how_to_write_it(name):
-    message = f"accumulate is a context manager and has no '{name}', .*: with accumulate.optimizer. as window: window"
+    message = (
+        f"accumulate returns a context manager, which has no '{name}'; .*: with accumulate.optimizer. as window: window"
+    )
     with pytest.raises(AttributeError, match=message):
         getattr(accumulate(set_up()), name)
 
@@ -177,8 +179,8 @@ def test_a_block_of_updates_that_adds_nothing_is_refused():
 
 def test_passes_of_your_own_have_moved_running_averages_already():
     optimizer = set_up()
-    with pytest.raises(ValueError, match="batch_statistics must be 'micro_batch' for passes of your own, got 'window'"):
-        with accumulate(optimizer, batch_statistics="window") as window:
+    with pytest.raises(ValueError, match="running_statistics must be 'micro_batch' for your own passes, got 'update'"):
+        with accumulate(optimizer, running_statistics="update") as window:
             add_own_gradients(window, optimizer.target, PARTS[0])
 
 
@@ -208,7 +210,9 @@ def test_a_pass_that_raised_reports_nothing():
 @pytest.mark.parametrize("add_again", [True, False])
 def test_an_update_left_inside_a_block_is_refused(add_again):
     optimizer = set_up()
-    message = "the optimizer must not update within a window, got 1 updates since it began; leave out optimizer.update"
+    message = (
+        "the optimizer must not update within a window, got 1 updates since it began; remove calls of optimizer.update"
+    )
     with pytest.raises(RuntimeError, match=message), accumulate(optimizer) as window:
         add_by_loss(window, optimizer.target, PARTS[0])
         optimizer.update()
@@ -219,7 +223,7 @@ def test_an_update_left_inside_a_block_is_refused(add_again):
 def test_what_accumulates_already_is_refused():
     optimizer = create_accumulating_optimizer(SGD(), 2).setup(make_model())
     message = (
-        "optimizer must not accumulate by itself in {}, got one from create_accumulating_optimizer with "
+        "optimizer must not accumulate gradients itself in {}, got one from create_accumulating_optimizer with "
         "accumulation_steps=2; pass the optimizer that it wraps, optimizer.actual_optimizer"
     )
     with pytest.raises(TypeError, match=message.format("an accumulate block")):
@@ -254,7 +258,7 @@ def test_a_first_update_that_would_train_nothing_is_an_error(name):
 def test_gradients_without_a_backward_pass_are_an_error_in_the_first_update():
     optimizer = set_up()
     optimizer.target.cleargrads()
-    with pytest.raises(RuntimeError, match="and run the backward pass if that is left to you"):
+    with pytest.raises(RuntimeError, match="and run the backward pass if your own code must do so"):
         with accumulate(optimizer) as window:
             window.add_gradients()
 

@@ -20,8 +20,8 @@ from chainer.training.updaters import StandardUpdater
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import conftest
-from conftest import (
+import helpers
+from helpers import (
     CountingUpdater,
     assert_same_optimizer_state,
     assert_same_parameters,
@@ -57,7 +57,7 @@ def make_lazy_mlp():
 
 
 def make_dropout():
-    if conftest.DEVICE is not None:
+    if helpers.DEVICE is not None:
         pytest.skip("a GPU does not draw for a batch what it draws for its parts")
     return chainer.Sequential(
         L.Linear(5, 8, initialW=initial(0)), F.tanh, F.dropout, L.Linear(8, 4, initialW=initial(1))
@@ -230,7 +230,7 @@ def test_the_gradient_is_that_of_the_whole_batch_and_plain_accumulation_has_anot
     micro_batch_size=st.one_of(st.none(), st.integers(1, 20)),
     repeat=st.booleans(),
     shuffle=st.booleans(),
-    make_body=st.sampled_from([make_mlp, make_dropout] if conftest.DEVICE is None else [make_mlp]),
+    make_body=st.sampled_from([make_mlp, make_dropout] if helpers.DEVICE is None else [make_mlp]),
 )
 def test_any_sizes(size, batch_size, accumulation_steps, micro_batch_size, repeat, shuffle, make_body):
     dataset = [(x.astype(numpy.float64), t) for x, t in make_dataset(size)]
@@ -568,7 +568,7 @@ def peak(updater_class, batch_size, **kwargs):
 
 
 def test_the_memory_is_that_of_a_micro_batch_and_the_representations():
-    if conftest.DEVICE is not None:
+    if helpers.DEVICE is not None:
         pytest.skip("what is measured is host memory")
     (small, _), (large, representations) = (
         peak(CachedGradientUpdater, size, micro_batch_size=64) for size in (128, 2048)
@@ -697,7 +697,7 @@ BAD_RESULTS = {
     "a number": (lambda z, t: 3.0, TypeError, "encoder must return Variables and arrays, got float; return a tuple"),
     "a list": (lambda z, t: [z, t], TypeError, "encoder must return Variables and arrays, got list; return a tuple"),
     "a tuple of one of these": (lambda z, t: (z, "a"), TypeError, "got Variable, str; return a tuple or a dict"),
-    "a mean": (lambda z, t: (z, F.mean(z)), ValueError, "encoder must return rows for the examples, got a scalar; "),
+    "a mean": (lambda z, t: (z, F.mean(z)), ValueError, "encoder must return one row per example, got a scalar; "),
     "arrays alone": (lambda z, t: (z.array, t), TypeError, "encoder must return a Variable, got ndarray, ndarray; "),
 }
 
@@ -733,7 +733,7 @@ def test_what_a_loss_function_cannot_return(loss_func, error, message):
         (
             {},
             TypeError,
-            "loss_func must be callable, got None; pass the loss as a function of what",
+            "loss_func must be callable, got None; pass a function of what the encoder returns",
         ),
         (
             {"loss_func": len, "encoder": 3},

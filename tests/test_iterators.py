@@ -20,7 +20,7 @@ from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
 from hypothesis import strategies as st
 
-from conftest import (
+from helpers import (
     BOOKKEEPING,
     CountingUpdater,
     Step,

@@ -19,7 +19,7 @@ from chainer.training.updaters import StandardUpdater
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import assert_same_optimizer_state, assert_same_parameters, make_dataset, make_model, serial
+from helpers import assert_same_optimizer_state, assert_same_parameters, make_dataset, make_model, serial
 from thread_ranks import run_ranks
 
 inputs, labels = chainer.dataset.concat_examples(make_dataset(48))

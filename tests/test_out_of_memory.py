@@ -19,8 +19,8 @@ from chainer.training.updaters import StandardUpdater
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import conftest
-from conftest import (
+import helpers
+from helpers import (
     CountingUpdater,
     assert_same_optimizer_state,
     assert_same_parameters,
@@ -97,7 +97,7 @@ def test_the_run_is_that_of_a_machine_with_more_memory(make_optimizer, stage):
     updater = make_updater(
         chainer_accum.AccumulatingUpdater, serial(data, 20), make_optimizer(), model, micro_batch_size=16
     )
-    with pytest.warns(RuntimeWarning, match="memory did not suffice for a micro-batch of (10|5) examples") as record:
+    with pytest.warns(RuntimeWarning, match="memory ran out for a micro-batch of (10|5) examples") as record:
         steps = run(updater, 5)
     assert_same_steps(steps, expected_steps)
     assert_same_parameters(model, expected.get_optimizer("main").target)
@@ -168,7 +168,7 @@ def test_one_example_that_does_not_fit_is_an_error_that_changes_nothing():
 
 
 def test_the_examples_and_the_random_numbers_of_the_failed_pass_are_used_again():
-    if conftest.DEVICE is not None:
+    if helpers.DEVICE is not None:
         pytest.skip("CuPy's generator cannot be put back")
     seen = []
 
@@ -278,7 +278,9 @@ def test_memory_that_the_iterator_or_the_optimizer_lacks_is_not_for_us_to_find()
 
 
 def test_another_type_is_refused():
-    with pytest.raises(TypeError, match="split_when_out_of_memory must be True or False, got 1; use None to decide"):
+    with pytest.raises(
+        TypeError, match="split_when_out_of_memory must be True or False, got 1; use None for the default"
+    ):
         make_updater(
             chainer_accum.AccumulatingUpdater,
             serial(make_dataset(), 4),
@@ -313,7 +315,7 @@ LIMITED_PROGRAM = textwrap.dedent(
         warnings.simplefilter("always")
         for _ in range(2):
             updater.update()
-    messages = [str(warning.message) for warning in caught if "memory did not suffice" in str(warning.message)]
+    messages = [str(warning.message) for warning in caught if "memory ran out" in str(warning.message)]
     print(updater.micro_batch_size, len(messages))
     chainer.serializers.save_npz(path, model)
     """

@@ -16,7 +16,7 @@ import numpy
 import pytest
 from chainer_accum import AccumulatingUpdater
 
-from conftest import make_dataset, make_updater, run, serial
+from helpers import make_dataset, make_updater, run, serial
 
 
 class Watched(numpy.ndarray):
@@ -113,7 +113,7 @@ WAYS = {
     "summed": {"accumulation_steps": 4, "loss_reduction": "sum"},
     "repeatable": {"accumulation_steps": 4, "split_when_out_of_memory": True},
     "prefetched": {"accumulation_steps": 4, "prefetch": True},
-    "with batch statistics": {"accumulation_steps": 4, "batch_statistics": "window"},
+    "with running statistics": {"accumulation_steps": 4, "running_statistics": "update"},
     "with a loss scale": {"accumulation_steps": 4, "loss_scale": 128.0},
 }
 

@@ -18,7 +18,7 @@ from chainer.training.updaters import StandardUpdater
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import (
+from helpers import (
     CountingUpdater,
     assert_same_optimizer_state,
     assert_same_parameters,

@@ -1,4 +1,4 @@
-"""Trainer extensions."""
+"""Trainer extensions for training with gradient accumulation."""
 
 from chainer_accum.extensions.accumulate import Accumulate
 from chainer_accum.extensions.example_mean import ExampleMean

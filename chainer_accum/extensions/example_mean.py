@@ -1,42 +1,51 @@
-"""ExampleMean: the mean of a value over all examples of an epoch."""
+"""ExampleMean: a Trainer extension that reports the mean of a value over the examples of an epoch."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, Optional
+from typing import Optional
 
 import chainer
 import numpy
-from chainer.training import extension
+from chainer.training import Trainer, extension
 from chainer.training import trigger as trigger_module
 
-from chainer_accum.reports import device_of_either, is_not_zero, is_numeric, value_and_weight, where, widened
+from chainer_accum._trainer import Trigger
+from chainer_accum.observations import (
+    Reported,
+    device_of_either,
+    is_not_zero,
+    is_numeric,
+    value_and_weight,
+    where,
+    widened,
+)
 from chainer_accum.updater import AccumulatingUpdater
 
 
 class ExampleMean(extension.Extension):
-    """Trainer extension to report the mean of an observed value over examples rather than over updates.
+    """Trainer extension that reports the mean of an observed value over examples, not over updates.
 
-    :class:`~chainer.training.extensions.LogReport` averages over updates, in which an effective batch that the end of
-    an epoch or of the data cut short counts as much as a whole one, and a small one early in a schedule as much as a
-    large one later. This mean is weighted by the examples of each update. The Trainer needs an
-    :class:`~chainer_accum.AccumulatingUpdater` that counts them: see its attribute ``effective_batch_size``. A value
-    that is reported with a weight of its own, as ``(value, weight)``, is weighted by that instead. A value whose weight
-    is zero is left out, even if it is NaN.
+    :class:`~chainer.training.extensions.LogReport` averages over updates. It gives every update the same weight, even
+    if the effective batches differ in size: because the end of an epoch or of the data cut one short, or because a
+    schedule changed the size. This extension weights each update by its number of examples instead. The Trainer needs
+    an :class:`~chainer_accum.AccumulatingUpdater`, and the iterator must return lists of examples, so that they can be
+    counted. A value reported with a weight of its own, as ``(value, weight)``, is weighted by that. A value of weight 0
+    is left out, even if it is NaN.
 
     Args:
-        key (str): Key of the observed value, such as ``'main/loss'``. It is a number, or an array of one element.
-        result_key (str): Key of the mean. By default, ``key`` and ``'/example_mean'``.
-        trigger: Trigger that decides when to report the mean, and to begin anew. By default, once per epoch.
+        key (str): Key of the observed value, such as ``'main/loss'``. The value is a number or an array of one element.
+        result_key (str): Key of the mean. By default, ``key`` followed by ``'/example_mean'``.
+        trigger: Trigger that decides when to report the mean and start a new one. By default, once per epoch.
 
     Raises:
-        TypeError: If the key is not a string.
+        TypeError: If ``key`` is not a string.
 
     """
 
     priority = extension.PRIORITY_EDITOR
 
-    def __init__(self, key: str, result_key: Optional[str] = None, trigger: Any = (1, "epoch")) -> None:
+    def __init__(self, key: str, result_key: Optional[str] = None, trigger: Trigger = (1, "epoch")) -> None:
         if not isinstance(key, str):
             raise TypeError(f"key must be a str, got {key!r}; give the key of an observed value, such as 'main/loss'")
         self.name = f"example_mean:{key}"
@@ -45,16 +54,16 @@ class ExampleMean(extension.Extension):
         self._trigger = trigger_module.get_trigger(trigger)
         self._summary = chainer.reporter.Summary()
 
-    def initialize(self, trainer: Any) -> None:
-        """Checks that the updater counts examples."""
+    def initialize(self, trainer: Trainer) -> None:
+        """Raises TypeError if the updater does not count examples."""
         if not isinstance(trainer.updater, AccumulatingUpdater):
             raise TypeError(
                 f"the Trainer's updater must count examples, got {type(trainer.updater).__name__}; "
                 "use chainer_accum.AccumulatingUpdater"
             )
 
-    def __call__(self, trainer: Any) -> None:
-        """Adds the value of the last update, and reports the mean if it is time."""
+    def __call__(self, trainer: Trainer) -> None:
+        """Adds the value of the last update, and reports the mean when the trigger fires."""
         if self._key in trainer.observation:
             self._add(trainer.observation[self._key], trainer.updater.effective_batch_size)
         if self._trigger(trainer):
@@ -63,19 +72,19 @@ class ExampleMean(extension.Extension):
             except ZeroDivisionError:
                 reason = "all its weights were 0"
                 if self._key not in trainer.observation:
-                    reason = f"it was not observed; observed are {', '.join(map(repr, sorted(trainer.observation)))}"
-                warnings.warn(f"no mean of {self._key!r}, as {reason}", RuntimeWarning, stacklevel=2)
+                    reason = f"it was not observed; use one of {', '.join(map(repr, sorted(trainer.observation)))}"
+                warnings.warn(f"no mean of {self._key!r}, because {reason}", RuntimeWarning, stacklevel=2)
             self._summary = chainer.reporter.Summary()
 
-    def serialize(self, serializer: Any) -> None:
+    def serialize(self, serializer: chainer.AbstractSerializer) -> None:
         """Serializes the sums and the trigger."""
         if not isinstance(serializer, chainer.Serializer):
-            self._summary = chainer.reporter.Summary()  # one in float32 would refuse sums in float64
+            self._summary = chainer.reporter.Summary()  # a summary that is already in float32 cannot load float64 sums
         self._summary.serialize(serializer["summary"])
         if hasattr(self._trigger, "serialize"):
             self._trigger.serialize(serializer["trigger"])
 
-    def _add(self, reported: Any, examples: Optional[int]) -> None:
+    def _add(self, reported: Reported, examples: Optional[int]) -> None:
         value, weight = value_and_weight(reported)
         if not is_numeric(value) or getattr(value, "size", 1) != 1:
             raise ValueError(
@@ -84,8 +93,8 @@ class ExampleMean(extension.Extension):
             )
         if weight is None and examples is None:
             raise ValueError(
-                "effective_batch_size must be known, got None; let the iterator return lists, and for single "
-                "batches give the updater accumulation_steps={0: 1}"
+                "effective_batch_size must be known, got None; let the iterator return lists of examples, or report "
+                "the value with its weight"
             )
         weight = examples if weight is None else widened(weight, numpy.float64)
         is_counted = is_not_zero(weight)

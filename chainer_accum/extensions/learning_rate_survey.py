@@ -1,4 +1,4 @@
-"""LearningRateSurvey: which learning rates a model can be trained with."""
+"""LearningRateSurvey: a Trainer extension that finds suitable learning rates."""
 
 from __future__ import annotations
 
@@ -6,71 +6,73 @@ import contextlib
 import json
 import math
 import os
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Tuple, Union
 
+import chainer
 import numpy
-from chainer.training import extension
+from chainer.training import Trainer, extension
 
 from chainer_accum._arguments import check_int, check_real
-from chainer_accum.observations import Observations
-from chainer_accum.reports import value_and_weight
-from chainer_accum.training_state import TrainingState
+from chainer_accum.observations import Number, Observations, Reported, value_and_weight
+from chainer_accum.state import TrainingState
 
-# By these names Chainer's optimizers call their learning rate. Where there are both, alpha is something else.
+# The names of the learning rate in Chainer's optimizers. If there are both, alpha is something else.
 _RATE_NAMES = ("lr", "alpha")
 
 
 class LearningRateSurvey(extension.Extension):
-    r"""Trainer extension to find out which learning rates a model can be trained with.
+    r"""Trainer extension that finds out which learning rates a model can be trained with.
 
-    While the Trainer runs, the learning rate grows exponentially from ``start`` to ``stop``, and the loss of each
-    update, which is computed before the step with that rate, is recorded. With an optimizer of
-    :func:`~chainer_accum.create_accumulating_optimizer`, which updates once in several iterations, it is the mean of
-    the losses since its last update. The Trainer stops after that many updates, or as soon as the loss diverges. Then
-    all is put back as it was: the updater, its models, optimizers and iterators, other links that were used, and the
-    random generators; see :class:`~chainer_accum.training_state.TrainingState`. The same holds if training raises. The
-    updater can then be given to the Trainer that is to train, whose run is the one that it would have been without a
-    survey.
+    While the Trainer runs, the learning rate grows exponentially from ``start`` to ``stop``. The loss of each update,
+    computed before the step with that rate, is recorded. The Trainer stops after ``updates`` updates, or as soon as the
+    loss diverges. Then everything is restored: the updater, its models, optimizers and iterators, other links that were
+    used, and the random generators; see :class:`~chainer_accum.state.TrainingState`. The same holds if training raises.
+    Pass the updater to the Trainer for the real run afterwards; that run is the same as without a survey.
 
-    The losses are smoothed by an exponential mean that is corrected for its start: with ``smoothing`` :math:`\beta`,
-    after losses :math:`l_1, \dots, l_i` it is
-    :math:`(1 - \beta) \sum_{j \le i} \beta^{i - j} l_j / (1 - \beta^i)`. It lags behind the loss by about
-    :math:`\beta / (1 - \beta)` updates.
+    With an optimizer of :func:`~chainer_accum.create_accumulating_optimizer`, which updates once in several iterations,
+    the recorded loss is the mean of the losses since its last update.
 
-    The learning rates and losses are written to a JSON file in the folder of the Trainer as it ends.
+    The losses are smoothed by an exponential moving average with bias correction: with ``smoothing`` :math:`\beta`, the
+    average of the losses :math:`l_1, \dots, l_i` is
+    :math:`(1 - \beta) \sum_{j \le i} \beta^{i - j} l_j / (1 - \beta^i)`.
+    It lags behind the loss by about :math:`\beta / (1 - \beta)` updates.
+
+    When the Trainer ends, the learning rates and losses are written to a JSON file in its output folder.
 
     See: Leslie N. Smith, `Cyclical Learning Rates for Training Neural Networks <https://arxiv.org/abs/1506.01186>`_,
-    2017, section 3.3. There, the rate grows linearly.
+    2017, section 3.3. In the paper, the rate grows linearly.
 
     Args:
         start (float): First learning rate.
         stop (float): Last learning rate, larger than ``start``.
-        updates (int): Number of updates from the first to the last, each with a rate of its own.
-        attr (str): Name of the hyperparameter of the optimizer that is its learning rate. By default, ``'lr'`` if it
-            has one, or else ``'alpha'``.
+        updates (int): Number of updates, each with its own learning rate.
+        attr (str): Name of the optimizer's hyperparameter that is the learning rate. By default, ``'lr'`` if it has
+            one, or else ``'alpha'``.
         optimizer_name (str): Name of the optimizer in the updater.
-        loss_key (str): Key of the observed value that is the loss.
-        smoothing (float): Weight of the past in the mean of the losses, from 0, for no smoothing, to less than 1.
-        divergence (float): The loss diverges when its mean is not finite or more than this many times the lowest so
-            far; the latter if that is positive. ``math.inf`` leaves the former only.
-        filename (str): Name of the file to write. If it is ``None``, nothing is written.
+        loss_key (str): Key of the observed loss.
+        smoothing (float): Weight of the previous value in the average of the losses, from 0, for no smoothing, to less
+            than 1.
+        divergence (float): The loss has diverged when its average is not finite, or is more than this many times the
+            lowest average so far, if that is positive. With ``math.inf``, only the first condition applies.
+        filename (str): Name of the file to write. If ``None``, nothing is written.
 
     Attributes:
-        learning_rates (list of float): Learning rates of the updates, but for one at which the mean was not finite.
+        learning_rates (list of float): Learning rates of the updates, without the one at which the average was not
+            finite.
         losses (list of float): The loss at each of them.
-        smoothed_losses (list of float): The mean of the losses at each of them.
+        smoothed_losses (list of float): The average of the losses at each of them.
         diverged_at (float): Learning rate at which the loss diverged, or ``None`` if it did not.
-        is_finished (bool): Whether the survey has ended, either way.
+        is_finished (bool): Whether the survey has ended, with or without divergence.
 
     Raises:
-        TypeError: If a number is of the wrong type.
-        ValueError: If a number is not possible.
+        TypeError: If a number has the wrong type.
+        ValueError: If a number is out of range.
 
     """
 
     default_name = "learning_rate_survey"
     trigger = 1, "iteration"
-    # The last: after others that set the learning rate, and after a snapshot that is loaded as the Trainer starts.
+    # Low, so that it runs after extensions that set the learning rate or load a snapshot when the Trainer starts.
     priority = -200
 
     def __init__(
@@ -86,8 +88,8 @@ class LearningRateSurvey(extension.Extension):
         divergence: float = 4.0,
         filename: Optional[str] = "learning_rate_survey.json",
     ) -> None:
-        check_real("start", start, lambda rate: 0 < rate < math.inf, "a positive number", "begin with a small rate")
-        check_real("stop", stop, lambda rate: start < rate < math.inf, f"larger than {start}", "the rate is to grow")
+        check_real("start", start, lambda rate: 0 < rate < math.inf, "a positive number", "start with a small rate")
+        check_real("stop", stop, lambda rate: start < rate < math.inf, f"larger than {start}", "the rate must grow")
         check_int("updates", updates, 2, "each update has a learning rate of its own")
         check_real("smoothing", smoothing, lambda weight: 0 <= weight < 1, "from 0 to less than 1", "use 0 for none")
         check_real("divergence", divergence, lambda factor: factor > 1, "larger than 1", "use math.inf for no limit")
@@ -108,29 +110,29 @@ class LearningRateSurvey(extension.Extension):
         self.is_finished = False
         self._updates = 0
         self._sum = 0.0  # of the losses, weighted
-        self._trainer: Optional[Any] = None
+        self._trainer: Optional[Trainer] = None
         self._following = contextlib.ExitStack()
 
     @property
     def suggestion(self) -> Optional[float]:
         """A tenth of the learning rate at which the smoothed loss was lowest, as a rule of thumb.
 
-        It is ``None`` if none was lower than the first.
+        It is ``None`` if no smoothed loss was lower than the first.
 
         """
         lowest = int(numpy.argmin(self.smoothed_losses)) if self.smoothed_losses else 0
         return self.learning_rates[lowest] / 10 if lowest > 0 else None
 
-    def initialize(self, trainer: Any) -> None:
-        """Remembers how everything is, and sets the first learning rate."""
-        self._following.close()  # of a run that was not finalized
+    def initialize(self, trainer: Trainer) -> None:
+        """Stores the state of the training, and sets the first learning rate."""
+        self._following.close()  # from a run that was not finalized
         self._begin()
         self._optimizer = trainer.updater.get_optimizer(self._optimizer_name)
         self._rate_name = _find_rate_name(self._optimizer, self._attr)
         self._state = TrainingState(trainer.updater)
         self._trainer, self._stop_trigger = trainer, trainer.stop_trigger
         self._begin_update()
-        # Only a wrapped optimizer has this. If it has begun to accumulate, the survey ends somewhat sooner.
+        # Only an accumulating optimizer has this attribute. If its window has begun, the survey ends slightly sooner.
         self._iterations = getattr(self._optimizer, "accumulation_steps", 1)
         iterations = self._iterations * len(self._rates)
         trainer.stop_trigger = _SurveyTrigger(self, trainer.stop_trigger, trainer.updater.iteration + iterations)
@@ -138,11 +140,11 @@ class LearningRateSurvey(extension.Extension):
         self._following.enter_context(self._state.following())
 
     def _begin_update(self) -> None:
-        self._t = self._optimizer.t  # which counts updates
+        self._t = self._optimizer.t  # t counts updates
         self._losses = Observations({self._loss_key: "mean"})
 
-    def __call__(self, trainer: Any) -> None:
-        """Records the loss of the last update, if it is over, and sets the learning rate of the next."""
+    def __call__(self, trainer: Trainer) -> None:
+        """Records the loss of the last update once it is complete, and sets the next learning rate."""
         loss, weight = self._get_loss(trainer.observation)
         is_under_way = self._iterations > 1 and self._optimizer.t == self._t
         if is_under_way and (math.isfinite(loss) or weight == 0):
@@ -164,7 +166,7 @@ class LearningRateSurvey(extension.Extension):
             setattr(self._optimizer, self._rate_name, self._rates[self._updates])
 
     def finalize(self) -> None:
-        """Puts everything back, and writes the file."""
+        """Restores the training, and writes the file."""
         if self._trainer is None:  # initialize has failed, or was not called
             return
         trainer, self._trainer = self._trainer, None
@@ -176,15 +178,15 @@ class LearningRateSurvey(extension.Extension):
             with open(os.path.join(trainer.out, self._filename), "w", encoding="utf-8") as file:
                 json.dump(self._as_dict(), file, indent=4)
 
-    def plot(self, path: Any) -> None:
-        """Draws the losses against the learning rate, but for those above the highest smoothed one.
+    def plot(self, path: Union[str, os.PathLike[str]]) -> None:
+        """Plots the losses against the learning rate, without losses above the highest smoothed loss.
 
         Args:
-            path (str): Name of the file to write. Its ending decides on the format.
+            path (str): Name of the file to write. Its extension determines the format.
 
         Raises:
             ImportError: If Matplotlib is not installed.
-            ValueError: If there is no loss to be drawn.
+            ValueError: If no loss has been recorded.
 
         """
         try:
@@ -195,7 +197,7 @@ class LearningRateSurvey(extension.Extension):
             raise ValueError("losses must not be empty, got none; plot after the Trainer has run")
         figure = Figure(figsize=(8, 5), constrained_layout=True)
         axes = figure.subplots()
-        # A loss that is far above the curve, as one may be in the end, would flatten it.
+        # A loss far above the curve, as often at the end, would flatten it.
         highest = max(self.smoothed_losses)
         losses = [loss if loss <= highest else math.nan for loss in self.losses]
         axes.plot(self.learning_rates, losses, ".", color="#9ecae1", label=self._loss_key)
@@ -209,10 +211,10 @@ class LearningRateSurvey(extension.Extension):
         axes.legend()
         figure.savefig(path, dpi=120)
 
-    def _get_loss(self, observation: Any) -> Tuple[float, Any]:
-        """Returns the mean loss since the last update, and its weight, or ``None`` if it is reported without one."""
+    def _get_loss(self, observation: Mapping[str, Reported]) -> Tuple[float, Optional[Number]]:
+        """Returns the mean loss since the last update, and its weight, or ``None`` if it was reported without one."""
         if self._loss_key not in observation:
-            if observation.get("skipped_micro_batches"):  # all of them, as they were not finite
+            if observation.get("skipped_micro_batches"):  # all of them: none was finite
                 return math.nan, None
             raise ValueError(
                 f"loss_key must be the key of an observed value, got {self._loss_key!r}; "
@@ -222,33 +224,33 @@ class LearningRateSurvey(extension.Extension):
         value, weight = value_and_weight(self._losses.merged()[self._loss_key])
         return float(value.item() if hasattr(value, "item") else value), weight
 
-    def _as_dict(self) -> Dict[str, Any]:
+    def _as_dict(self) -> Dict[str, object]:
         names = ("learning_rates", "losses", "smoothed_losses", "diverged_at", "suggestion")
         return {name: getattr(self, name) for name in names}
 
 
 class _SurveyTrigger:
-    """Stops the Trainer when the survey has ended, or when its own trigger does."""
+    """Trigger that stops the Trainer when the survey has ended, or when the Trainer's own trigger fires."""
 
-    def __init__(self, survey: LearningRateSurvey, trigger: Any, last_iteration: int) -> None:
+    def __init__(self, survey: LearningRateSurvey, trigger: Callable[[Trainer], bool], last_iteration: int) -> None:
         self._survey = survey
         self._trigger = trigger
         self._last_iteration = last_iteration
 
-    def __call__(self, trainer: Any) -> bool:
+    def __call__(self, trainer: Trainer) -> bool:
         return self._survey.is_finished or bool(self._trigger(trainer))
 
     def get_training_length(self) -> Tuple[int, str]:
-        """Tells ProgressBar how long it may take."""
+        """Returns the training length for ProgressBar."""
         return self._last_iteration, "iteration"
 
 
-def _find_rate_name(optimizer: Any, name: Optional[str]) -> str:
+def _find_rate_name(optimizer: chainer.GradientMethod, name: Optional[str]) -> str:
     known = optimizer.hyperparam.get_dict()
     for candidate in _RATE_NAMES if name is None else (name,):
         if candidate in known:
             return candidate
     raise ValueError(
         f"attr must be the hyperparameter that is the learning rate, got {name!r}; "
-        f"{type(optimizer).__name__} has {', '.join(sorted(known))}"
+        f"{type(optimizer).__name__} has {', '.join(sorted(known))}, so use one of these"
     )

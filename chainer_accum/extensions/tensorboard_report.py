@@ -1,23 +1,24 @@
-"""TensorBoardReport: what is observed, written to TensorBoard's event files."""
+"""TensorBoardReport: a Trainer extension that writes observed values for TensorBoard."""
 
 from __future__ import annotations
 
 import os
 from typing import Any, Optional, Sequence
 
-from chainer.training import extension
+from chainer.training import Trainer, extension
 
-from chainer_accum.reports import dtype_of, is_scalar, value_and_weight
+from chainer_accum._trainer import Trigger
+from chainer_accum.observations import dtype_of, is_scalar, value_and_weight
 
 
 class TensorBoardReport(extension.Extension):
-    """Trainer extension to write observed scalars to TensorBoard event files.
+    """Trainer extension that writes observed scalars to TensorBoard event files.
 
-    The step of a value is the number of updates, so the curves of runs with and without accumulation can be laid over
-    one another. The files are written by tensorboardX, which the extra ``tensorboard`` of this package installs.
+    The step of a value is the number of updates, so that runs with and without accumulation can be compared in one
+    plot. The files are written by tensorboardX, which is installed with this package's extra ``tensorboard``.
 
     Args:
-        log_dir (str): Folder of the event files. By default, ``tensorboard`` in the folder of the Trainer.
+        log_dir (str): Folder of the event files. By default, ``tensorboard`` in the Trainer's output folder.
         keys (sequence of str): Keys of the values to write, such as ``'main/loss'``. By default, all real scalars.
         trigger: Trigger that decides when to write. By default, after each update.
 
@@ -31,10 +32,10 @@ class TensorBoardReport(extension.Extension):
     priority = extension.PRIORITY_READER
 
     def __init__(
-        self, log_dir: Optional[str] = None, keys: Optional[Sequence[str]] = None, trigger: Any = (1, "iteration")
+        self, log_dir: Optional[str] = None, keys: Optional[Sequence[str]] = None, trigger: Trigger = (1, "iteration")
     ) -> None:
         if isinstance(keys, str):
-            raise TypeError(f"keys must be a sequence of str, got {keys!r}; write [{keys!r}]")
+            raise TypeError(f"keys must be a sequence of str, got {keys!r}; pass a list: [{keys!r}]")
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
@@ -47,13 +48,13 @@ class TensorBoardReport(extension.Extension):
         self.trigger = trigger
         self._writer: Optional[Any] = None
 
-    def initialize(self, trainer: Any) -> None:
-        """Opens a new event file; one of a run that is resumed goes on from where the snapshot was taken."""
+    def initialize(self, trainer: Trainer) -> None:
+        """Opens a new event file. In a resumed run, it continues from the update at which the snapshot was taken."""
         log_dir = os.path.join(trainer.out, "tensorboard") if self._log_dir is None else self._log_dir
         self._writer = self._writer_class(log_dir, purge_step=trainer.updater.iteration + 1)
 
-    def __call__(self, trainer: Any) -> None:
-        """Writes the observation."""
+    def __call__(self, trainer: Trainer) -> None:
+        """Writes the observed scalars."""
         assert self._writer is not None, "initialize comes first"
         for key, reported in trainer.observation.items():
             if self._keys is not None and key not in self._keys:

@@ -7,7 +7,7 @@ import chainercv_without_gpu  # noqa: F401  (before ChainerCV, which it makes im
 from chainer.optimizers import MomentumSGD
 from chainer_addons.training import MiniBatchUpdater
 
-from conftest import assert_same_parameters, make_dataset, make_model, run, serial
+from helpers import assert_same_parameters, make_dataset, make_model, run, serial
 
 
 def train_by_hand():

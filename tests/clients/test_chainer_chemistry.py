@@ -17,7 +17,7 @@ from chainer_chemistry.models.prediction import Classifier, GraphConvPredictor
 from chainer_chemistry.training.extensions import ROCAUCEvaluator
 from chainer_chemistry.utils.train_utils import run_train
 
-from conftest import assert_same_parameters, assert_same_steps, run, seed, serial
+from helpers import assert_same_parameters, assert_same_steps, run, seed, serial
 
 N_ATOMS = 6
 N_LABELS = 3

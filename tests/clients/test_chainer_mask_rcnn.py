@@ -17,7 +17,7 @@ from chainer_mask_rcnn.models.region_proposal_network import RegionProposalNetwo
 from chainer_mask_rcnn.models.utils import ProposalTargetCreator
 from chainercv.links.model.faster_rcnn.utils.anchor_target_creator import AnchorTargetCreator
 
-from conftest import assert_same_parameters, seed, serial
+from helpers import assert_same_parameters, seed, serial
 
 SIZE = 64
 N_CLASS = 3

@@ -15,7 +15,7 @@ from chainercv.experimental.links.model.fcis import ProposalTargetCreator
 from chainercv.links import PixelwiseSoftmaxClassifier, SegNetBasic
 from chainercv.links.model.ssd import Multibox, multibox_loss
 
-from conftest import assert_same_parameters, assert_same_steps, run, seed, serial
+from helpers import assert_same_parameters, assert_same_steps, run, seed, serial
 
 
 def make(updater_class, make_model, dataset, **kwargs):

@@ -11,7 +11,7 @@ import numpy
 import pytest
 from chainer.optimizers import SGD, Adam
 
-from conftest import assert_same_parameters, seed
+from helpers import assert_same_parameters, seed
 
 STEPS = 4
 N_OBSERVED = 3

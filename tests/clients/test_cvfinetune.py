@@ -9,7 +9,7 @@ from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
 from cvfinetune.finetuner import DefaultFinetuner
 
-from conftest import assert_same_parameters, make_dataset, make_model, serial
+from helpers import assert_same_parameters, make_dataset, make_model, serial
 
 
 class Finetuner(DefaultFinetuner):

@@ -16,7 +16,7 @@ from chainerui.extensions import CommandsExtension
 from chainerui.utils.command_item import CommandItem
 from tb_chainer import SummaryWriter
 
-from conftest import make_dataset, make_updater, serial
+from helpers import make_dataset, make_updater, serial
 
 
 def make_trainer(updater_class, out, **kwargs):

@@ -13,7 +13,7 @@ from shoelace.dataset import LtrDataset
 from shoelace.iterator import LtrIterator
 from shoelace.loss.listwise import listnet
 
-from conftest import assert_same_parameters, seed
+from helpers import assert_same_parameters, seed
 
 N_QUERIES = 8
 

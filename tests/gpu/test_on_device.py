@@ -16,9 +16,9 @@ import pytest
 from chainer_accum import AccumulatingUpdater
 from chainer import optimizers
 from chainer.training.updaters import StandardUpdater
-from chainer_accum._blas import add_matrix_product
+from chainer_accum.window.blas import add_matrix_product
 
-from conftest import (
+from helpers import (
     assert_same_parameters,
     assert_same_steps,
     has_gpu,

@@ -14,9 +14,9 @@ import chainer
 import numpy
 import pytest
 from chainer.backends import cuda
-from chainer_accum.prefetching import prepare_ahead
+from chainer_accum.batches.prefetching import prepare_ahead
 
-from conftest import has_gpu
+from helpers import has_gpu
 
 pytestmark = pytest.mark.skipif(not has_gpu(), reason="needs CuPy and a GPU")
 

@@ -19,9 +19,9 @@ from chainer.backends import cuda
 from chainer.serializers import load_npz, save_npz
 from chainer.training.updaters import StandardUpdater
 from chainer_accum.extensions.gradient_noise_scale import estimate
-from chainer_accum.random_state import RandomState
+from chainer_accum.state.random_state import RandomState
 
-from conftest import assert_same_parameters, has_gpu, make_dataset, make_model, make_updater, run, serial
+from helpers import assert_same_parameters, has_gpu, make_dataset, make_model, make_updater, run, serial
 
 pytestmark = pytest.mark.skipif(not has_gpu(), reason="needs CuPy and a GPU")
 
@@ -72,7 +72,7 @@ def test_a_window_that_exceeds_the_limit_of_the_memory_pool_begins_again():
             run(updater, 2)
     finally:
         pool.set_limit(size=limit)
-    assert "memory did not suffice for a micro-batch of 4096 examples" in str(caught[0].message)
+    assert "memory ran out for a micro-batch of 4096 examples" in str(caught[0].message)
     assert updater.micro_batch_size < 4096
     assert_same_parameters(to_host(updater), expected_model, 1e-4)
 
@@ -111,7 +111,7 @@ def test_running_averages_move_once_per_window(make_link):
     models = []
     for updater_class, kwargs in (
         (StandardUpdater, {}),
-        (AccumulatingUpdater, {"micro_batch_size": 5, "batch_statistics": "window"}),
+        (AccumulatingUpdater, {"micro_batch_size": 5, "running_statistics": "update"}),
     ):
         model = make_model()
         model.predictor.insert(0, make_link())

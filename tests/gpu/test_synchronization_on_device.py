@@ -20,7 +20,7 @@ from chainer_accum import AccumulatingUpdater
 from chainer import optimizers
 from chainer.backends import cuda
 
-from conftest import has_gpu, make_dataset, make_model, make_updater, run, serial
+from helpers import has_gpu, make_dataset, make_model, make_updater, run, serial
 
 pytestmark = pytest.mark.skipif(not has_gpu(), reason="needs CuPy and a GPU")
 
@@ -73,7 +73,7 @@ WAYS = {
     "summed": {"accumulation_steps": 4, "loss_reduction": "sum", "observation_rules": {"main/loss": "sum"}},
     "repeatable": {"accumulation_steps": 4, "split_when_out_of_memory": True},
     "prefetched": {"accumulation_steps": 4, "prefetch": True},
-    "with batch statistics": {"accumulation_steps": 4, "batch_statistics": "window"},
+    "with running statistics": {"accumulation_steps": 4, "running_statistics": "update"},
     "with a loss scale": {"accumulation_steps": 4, "loss_scale": 128.0},
 }
 
@@ -114,7 +114,7 @@ def test_measuring_the_norms_of_gradients_waits_for_nothing():
     run(updater, 1)
     with no_waiting():
         run(updater, 1)
-    assert len(updater.gradient_norms.micro_batches) == 3
+    assert len(updater.gradient_norms.of_micro_batches) == 3
 
 
 @pytest.mark.parametrize("by_gradients", [False, True])

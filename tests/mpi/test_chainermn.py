@@ -20,8 +20,7 @@ from chainer import optimizers
 from chainer.training import Trainer, extensions
 from chainer.training.updaters import ParallelUpdater, StandardUpdater
 
-from conftest import assert_same_optimizer_state, assert_same_parameters, make_dataset, serial
-from test_distributed import ready_model
+from helpers import assert_same_optimizer_state, assert_same_parameters, make_dataset, ready_model, serial
 
 pytest.importorskip("mpi4py", reason="needs MPI: make test-mpi")
 import chainermn

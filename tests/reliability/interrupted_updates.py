@@ -152,10 +152,10 @@ UPDATES: Dict[str, Callable[[], Update]] = {
     "split": split,
     "split, not kept for want of memory": functools.partial(split, split_when_out_of_memory=False),
     "gathered": gathered,
-    "gathered, statistics of the window": functools.partial(gathered, batch_statistics="window"),
+    "gathered, statistics of the window": functools.partial(gathered, running_statistics="update"),
     "gathered, skipping": functools.partial(gathered, nonfinite="skip", is_spoilt=True),
     "split, skipping, statistics of the window": functools.partial(
-        split, nonfinite="skip", is_spoilt=True, batch_statistics="window"
+        split, nonfinite="skip", is_spoilt=True, running_statistics="update"
     ),
     "prefetched": functools.partial(gathered, prefetch=True),
     "scaled": functools.partial(gathered, loss_scale=128.0),
@@ -163,7 +163,7 @@ UPDATES: Dict[str, Callable[[], Update]] = {
     "cached": functools.partial(split, updater_class=chainer_accum.CachedGradientUpdater, loss_func=_loss_of_encoded),
     "block": _with_block,
     "block, skipping, statistics of the window": functools.partial(
-        _with_block, nonfinite="skip", batch_statistics="window"
+        _with_block, nonfinite="skip", running_statistics="update"
     ),
 }
 

@@ -121,7 +121,7 @@ class Updater:
                 loss_reduction="sum" if program.normalization == "sum" else "mean",
                 observation_rules=rules_of(program),
                 nonfinite=program.nonfinite,
-                batch_statistics="window" if program.watchers else "micro_batch",
+                running_statistics="update" if program.watchers else "micro_batch",
                 prefetch=program.prefetch,
             )
         examples = make_examples(program.size, program.spoilt)
@@ -153,13 +153,13 @@ class Block:
     def call(self, window: Window) -> None:
         program = self._program
         reduction = "sum" if program.normalization == "sum" else "mean"
-        statistics = "window" if program.watchers else "micro_batch"
+        statistics = "update" if program.watchers else "micro_batch"
         loss_func = make_loss_func(program, self.optimizer.target)
         with chainer_accum.accumulate(
             self.optimizer,
             loss_reduction=reduction,
             nonfinite=program.nonfinite,
-            batch_statistics=statistics,
+            running_statistics=statistics,
             observation_rules=rules_of(program),
         ) as block:
             for part in window.parts:

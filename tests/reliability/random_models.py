@@ -122,7 +122,7 @@ class Model(chainer.Chain):
             F.sum(self._losses(self._hidden(x, batch), batch)).backward()
             x = chainer.Variable(batch.x + 0.1 * x.grad)
         if self._has("window within the loss"):
-            with chainer_accum.accumulate(self._inner, batch_statistics="window") as window:
+            with chainer_accum.accumulate(self._inner, running_statistics="update") as window:
                 window.add(lambda: F.mean(self._inner.target(batch.x)))
         h = self._remember(self._hidden(x, batch), batch)
         loss = F.sum(self._losses(h, batch) * shares)

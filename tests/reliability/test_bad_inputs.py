@@ -22,7 +22,7 @@ from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
 from chainer_accum.extensions import Accumulate, ExampleMean, GradientNoiseScale, LearningRateSurvey, TensorBoardReport
 
-from conftest import make_dataset, make_model, serial
+from helpers import make_dataset, make_model, serial
 
 STEPS = "must be an int of 1 or more, got {}; use 1 to disable accumulation"
 SIZE = "must be an int of 1 or more, got {}; use None to leave batches whole, or 'auto' to find the fastest"
@@ -106,32 +106,32 @@ BAD_INPUTS = {
     "no iterator": (
         lambda: AccumulatingUpdater(None, optimizer()),
         TypeError,
-        "iterator must be an iterator or a dict of them, got None; make a SerialIterator of the dataset",
+        "iterator must be an iterator or a dict of them, got None; create a SerialIterator for the dataset",
     ),
     "a dataset for an iterator": (
         lambda: AccumulatingUpdater([1, 2], optimizer()),
         TypeError,
-        "iterator must be an iterator or a dict of them, got [1, 2]; make a SerialIterator of the dataset",
+        "iterator must be an iterator or a dict of them, got [1, 2]; create a SerialIterator for the dataset",
     ),
     "no iterator among iterators": (
         lambda: AccumulatingUpdater({}, optimizer()),
         ValueError,
-        "iterator must have the key 'main', got the keys []; name the one to train with",
+        "iterator must have the key 'main', got the keys []; name one of them 'main'",
     ),
     "iterators without a main one": (
         lambda: AccumulatingUpdater({"train": iterator()}, optimizer()),
         ValueError,
-        "iterator must have the key 'main', got the keys ['train']; name the one to train with",
+        "iterator must have the key 'main', got the keys ['train']; name one of them 'main'",
     ),
     "no optimizer": (
         lambda: AccumulatingUpdater(iterator(), None),
         TypeError,
-        "optimizer must be an optimizer or a dict of them, got None; the optimizer comes second",
+        "optimizer must be an optimizer or a dict of them, got None; pass the optimizer as the second argument",
     ),
     "optimizers without a main one": (
         lambda: AccumulatingUpdater(iterator(), {"generator": optimizer()}),
         ValueError,
-        "optimizer must have the key 'main', got the keys ['generator']; name the one to train with",
+        "optimizer must have the key 'main', got the keys ['generator']; name one of them 'main'",
     ),
     "the class of an optimizer": (
         lambda: AccumulatingUpdater(iterator(), optimizers.Adam),
@@ -164,16 +164,6 @@ BAD_INPUTS = {
         TypeError,
         "weight_func must be callable, got 0.5; pass a function",
     ),
-    "a misspelt keyword": (
-        lambda: updater(accum_steps=4),
-        TypeError,
-        "accum_steps is not an argument of AccumulatingUpdater, got accum_steps=4; did you mean accumulation_steps?",
-    ),
-    "an unknown keyword": (
-        lambda: updater(zzz=4),
-        TypeError,
-        "zzz is not an argument of AccumulatingUpdater, got zzz=4; known are iterator, optimizer, converter",
-    ),
     "no steps": (lambda: updater(accumulation_steps=0), ValueError, "accumulation_steps " + STEPS.format("0")),
     "negative steps": (lambda: updater(accumulation_steps=-2), ValueError, "accumulation_steps " + STEPS.format("-2")),
     "steps in floating point": (
@@ -194,7 +184,7 @@ BAD_INPUTS = {
     "an empty schedule": (
         lambda: updater(accumulation_steps={}),
         ValueError,
-        "accumulation_steps must map epochs to numbers, got {}; for example {0: 1, 10: 4}",
+        "accumulation_steps must map epochs to numbers, got {}; pass one such as {0: 1, 10: 4}",
     ),
     "a schedule from before the first epoch": (
         lambda: updater(accumulation_steps={-1: 2}),
@@ -234,7 +224,7 @@ BAD_INPUTS = {
     "splitting that is no choice": (
         lambda: updater(split_when_out_of_memory=1),
         TypeError,
-        "split_when_out_of_memory must be True or False, got 1; use None to decide by what else is asked",
+        "split_when_out_of_memory must be True or False, got 1; use None for the default",
     ),
     "an unknown reduction": (
         lambda: updater(loss_reduction="max"),
@@ -252,9 +242,9 @@ BAD_INPUTS = {
         "nonfinite must be one of 'keep', 'skip', 'raise', got 'ignore'",
     ),
     "an unknown time for batch statistics": (
-        lambda: updater(batch_statistics="epoch"),
+        lambda: updater(running_statistics="epoch"),
         ValueError,
-        "batch_statistics must be one of 'micro_batch', 'window', got 'epoch'",
+        "running_statistics must be one of 'micro_batch', 'update', got 'epoch'",
     ),
     "an unknown rule": (
         lambda: updater(observation_rules={"main/loss": "max"}),
@@ -300,7 +290,7 @@ BAD_INPUTS = {
     "an empty batch": (
         lambda: update_with(list, accumulation_steps=2),
         ValueError,
-        "the iterator returned an empty batch, got []; check the dataset, which may be empty",
+        "the iterator returned an empty batch, got []; check that the dataset is not empty",
     ),
     "a batch to be split that is no list": (
         lambda: update_with(dict, micro_batch_size=2),
@@ -338,10 +328,10 @@ BAD_INPUTS = {
         ValueError,
         "nonfinite must be one of 'keep', 'skip', 'raise', got True",
     ),
-    "an unknown time for the batch statistics of a window": (
-        lambda: enter(optimizer(), batch_statistics="epoch"),
+    "an unknown time for the running statistics to move": (
+        lambda: enter(optimizer(), running_statistics="epoch"),
         ValueError,
-        "batch_statistics must be one of 'micro_batch', 'window', got 'epoch'",
+        "running_statistics must be one of 'micro_batch', 'update', got 'epoch'",
     ),
     "a negative weight in a window": (lambda: add(weight=-1), ValueError, "weight " + FINITE.format("-1.0")),
     "a weight by name in a window": (lambda: add(weight="all"), TypeError, "weight " + NUMBER.format("'all'")),
@@ -349,7 +339,7 @@ BAD_INPUTS = {
     "a window that is over": (
         add_to_a_window_that_is_over,
         RuntimeError,
-        "this window was updated or a backward pass of it failed; begin a new window",
+        "this window was updated or one of its backward passes failed; begin a new window",
     ),
     # create_accumulating_optimizer
     "no steps of an optimizer": (
@@ -403,17 +393,17 @@ BAD_INPUTS = {
     "something else for an optimizer": (
         lambda: set_up(optimizer=Readable()),
         TypeError,
-        "optimizer must have the method setup, got Readable(); look at the order of the arguments",
+        "optimizer must have the method setup, got Readable(); check the order of the arguments",
     ),
     "something else for an iterator": (
         lambda: train(train_iter=Readable()),
         TypeError,
-        "train_iter must have the method next, got Readable(); look at the order of the arguments",
+        "train_iter must have the method next, got Readable(); check the order of the arguments",
     ),
     "the optimizer of another model": (
         lambda: train(optimizer=optimizer()),
         ValueError,
-        "optimizer must be set up with the model, got one set up with another Classifier; call optimizer.setup(model)",
+        "optimizer must be set up with the model, got one set up with a different Classifier; call optimizer.setup",
     ),
     "a name for a loss function to train with": (
         lambda: train(loss_func="mse"),
@@ -436,7 +426,7 @@ BAD_INPUTS = {
     "an updater that cannot accumulate": (
         lambda: run(Accumulate(2), StandardUpdater(iterator(), optimizer())),
         TypeError,
-        "the Trainer's updater must be able to accumulate, got StandardUpdater; use chainer_accum.AccumulatingUpdater",
+        "the Trainer's updater must be able to accumulate gradients, got StandardUpdater; use chainer_accum",
     ),
     "a key that is no text": (
         lambda: ExampleMean(3),
@@ -446,22 +436,22 @@ BAD_INPUTS = {
     "an updater that does not count examples": (
         lambda: run(ExampleMean("main/loss"), StandardUpdater(iterator(), optimizer())),
         TypeError,
-        "the Trainer's updater must count examples, got StandardUpdater; use chainer_accum.AccumulatingUpdater",
+        "the Trainer's updater must count examples, got StandardUpdater; use chainer_accum",
     ),
     "a mean over examples that are not counted": (
         lambda: run(ExampleMean("main/loss"), updater()),
         ValueError,
-        "effective_batch_size must be known, got None; let the iterator return lists, and for single batches give the",
+        "effective_batch_size must be known, got None; let the iterator return lists of examples, or report the value",
     ),
     "one key for keys": (
         lambda: TensorBoardReport(keys="main/loss"),
         TypeError,
-        "keys must be a sequence of str, got 'main/loss'; write ['main/loss']",
+        "keys must be a sequence of str, got 'main/loss'; pass a list: ['main/loss']",
     ),
     "an interval of none": (
         lambda: GradientNoiseScale(0),
         ValueError,
-        "interval must be an int of 1 or more, got 0; use 1 to look at each update",
+        "interval must be an int of 1 or more, got 0; use 1 to measure every update",
     ),
     "smoothing that never learns": (
         lambda: GradientNoiseScale(smoothing=1.0),
@@ -476,17 +466,17 @@ BAD_INPUTS = {
     "the noise scale of an updater that cannot accumulate": (
         lambda: run(GradientNoiseScale(), StandardUpdater(iterator(), optimizer())),
         TypeError,
-        "the Trainer's updater must be able to accumulate, got StandardUpdater; use chainer_accum.AccumulatingUpdater",
+        "the Trainer's updater must be able to accumulate gradients, got StandardUpdater; use chainer_accum",
     ),
     "a learning rate of zero": (
         lambda: LearningRateSurvey(0, 1),
         ValueError,
-        "start must be a positive number, got 0; begin with a small rate",
+        "start must be a positive number, got 0; start with a small rate",
     ),
     "a learning rate that shrinks": (
         lambda: LearningRateSurvey(1, 0.1),
         ValueError,
-        "stop must be larger than 1, got 0.1; the rate is to grow",
+        "stop must be larger than 1, got 0.1; the rate must grow",
     ),
     "a survey of one update": (
         lambda: LearningRateSurvey(0.1, 1, 1),
@@ -497,7 +487,7 @@ BAD_INPUTS = {
     "no loss over representations": (
         lambda: CachedGradientUpdater(iterator(), optimizer()),
         TypeError,
-        "loss_func must be callable, got None; pass the loss as a function of what the encoder returns",
+        "loss_func must be callable, got None; pass a function of what the encoder returns",
     ),
     "an encoder that is none": (
         lambda: CachedGradientUpdater(iterator(), optimizer(), loss_func=F.sum, encoder="encoder"),
@@ -507,7 +497,7 @@ BAD_INPUTS = {
     "one example to be split": (
         lambda: check_equivalence(make_model(), make_dataset(1)),
         ValueError,
-        "batch must have two examples or more, got 1; pass as many as make an effective batch",
+        "batch must have two or more examples, got 1; pass as many as in an effective batch",
     ),
     "arrays for examples": (
         lambda: check_equivalence(make_model(), (1, 2)),
@@ -538,7 +528,7 @@ BAD_INPUTS = {
     "a model to be wrapped": (
         lambda: create_accumulating_optimizer(Readable(), 2),
         TypeError,
-        "optimizer must be one that does not accumulate yet, got Readable(); pass the optimizer to be wrapped, such as",
+        "optimizer must be an optimizer that does not accumulate yet, got Readable(); pass the optimizer to be",
     ),
     "an infinite loss scale": (lambda: updater(loss_scale=float("inf")), ValueError, SCALE.format("inf")),
     "a word for new epochs": (
@@ -567,5 +557,6 @@ def test_bad_input_is_refused(name, record_property):
 def test_every_public_name_is_here():
     source = " ".join(str(call.__code__.co_names) for call, _, _ in BAD_INPUTS.values())
     source += " ".join(str(function.__code__.co_names) for function in (enter, train, set_up, updater))
-    public = {*chainer_accum.__all__, *chainer_accum.extensions.__all__} - {"KeepRandomState"}
-    assert not [name for name in public if name not in source]  # KeepRandomState takes no input
+    public = {*chainer_accum.__all__, *chainer_accum.extensions.__all__}
+    public -= {"KeepRandomState", "restore_removed_names"}  # which take no input
+    assert not [name for name in public if name not in source]

@@ -19,7 +19,7 @@ from chainer.iterators import SerialIterator
 from chainer.serializers import DictionarySerializer, load_npz, save_npz
 from chainer.training import Trainer, extensions
 
-from conftest import make_dataset
+from helpers import make_dataset
 
 # Since neither trainer is the one whose snapshot it is, to have loaded a part of it would show.
 every_trainer = pytest.mark.parametrize("updates", [0, 3], ids=["fresh", "under way"])
@@ -93,9 +93,9 @@ def assert_refused(path: pathlib.Path, trainer: Trainer, message: str) -> None:
     assert numpy.random.get_state()[1].tolist() == random_state
 
 
-CANNOT_BE_READ = "cannot be read as a snapshot, .*; it may be truncated or damaged, load an earlier one$"
+CANNOT_BE_READ = "cannot be read as a snapshot, .*; it may be truncated or damaged, so load an earlier one$"
 IS_OF_SOMETHING_ELSE = (
-    "is not a snapshot of this Trainer: .*; make model, optimizer and extensions as they were when it was taken$"
+    "is not a snapshot of this Trainer: .*; create model, optimizer and extensions as they were when it was taken$"
 )
 
 

@@ -18,7 +18,7 @@ from chainer.iterators import SerialIterator
 from chainer.serializers import DictionarySerializer
 from chainer.training.updaters import StandardUpdater
 
-from conftest import make_dataset
+from helpers import make_dataset
 
 ERRORS = (ConnectionError, KeyboardInterrupt, MemoryError)
 
@@ -221,12 +221,12 @@ WAYS: Dict[str, Dict[str, Any]] = {
     "gathered": {"batch_size": 6, "steps": 4},
     "split": {"batch_size": 24, "micro_batch_size": 6, "split_when_out_of_memory": False},
     "gathered and split": {"batch_size": 12, "steps": 2, "micro_batch_size": 6},
-    "gathered, statistics of the window": {"batch_size": 6, "steps": 4, "batch_statistics": "window"},
+    "gathered, statistics of the window": {"batch_size": 6, "steps": 4, "running_statistics": "update"},
     "split, statistics of the window, all finite": {
         "batch_size": 24,
         "micro_batch_size": 6,
         "split_when_out_of_memory": False,
-        "batch_statistics": "window",
+        "running_statistics": "update",
         "nonfinite": "raise",
     },
 }

@@ -15,7 +15,7 @@ from chainer.training.updaters import StandardUpdater
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import (
+from helpers import (
     CountingUpdater,
     Step,
     assert_same_optimizer_state,

@@ -50,7 +50,7 @@ def multiprocess(batch_size: int) -> MultiprocessIterator:
 def updater_that_accumulates(make_iterator: Callable[[int], Any], model: chainer.Link) -> Any:
     optimizer = chainer.optimizers.Adam(0.01).setup(model)
     return chainer_accum.AccumulatingUpdater(
-        make_iterator(6), optimizer, accumulation_steps=2, micro_batch_size=4, batch_statistics="window"
+        make_iterator(6), optimizer, accumulation_steps=2, micro_batch_size=4, running_statistics="update"
     )
 
 

@@ -1,0 +1,37 @@
+"""Windows: several weighted backward passes, followed by one ``optimizer.update()``.
+
+A window knows losses, gradients and optimizers, but not iterators or examples. This subpackage imports
+``state`` and ``observations``.
+"""
+
+from chainer_accum.window.distributed import (
+    begin_window,
+    communicator_of,
+    join_remaining_updates,
+    join_update,
+    links_communicate,
+)
+from chainer_accum.window.gradient_norms import GradientNorms
+from chainer_accum.window.options import WindowOptions
+from chainer_accum.window.representations import Representations, by_name, copies_of
+from chainer_accum.window.taken_gradients import is_taken, keep_for_others, mark_as_taken
+from chainer_accum.window.weighting import Weights
+from chainer_accum.window.window import Window
+
+__all__ = [
+    "GradientNorms",
+    "Representations",
+    "Weights",
+    "Window",
+    "WindowOptions",
+    "begin_window",
+    "by_name",
+    "communicator_of",
+    "copies_of",
+    "join_remaining_updates",
+    "is_taken",
+    "keep_for_others",
+    "links_communicate",
+    "mark_as_taken",
+    "join_update",
+]

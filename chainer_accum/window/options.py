@@ -1,0 +1,48 @@
+"""WindowOptions: how a window treats losses, values that are not finite, and running averages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from chainer_accum._arguments import check_choice
+
+
+class WindowOptions(NamedTuple):
+    """Options of a window, as described in :func:`~chainer_accum.accumulate`.
+
+    Attributes:
+        loss_reduction (str): Whether each loss is a ``'mean'`` or a ``'sum'`` over its examples.
+        nonfinite (str): What to do with a micro-batch whose loss or gradient is not finite: ``'keep'``, ``'skip'`` or
+            ``'raise'``.
+        running_statistics (str): When running averages move: with each ``'micro_batch'`` or once per ``'update'``.
+
+    """
+
+    loss_reduction: str = "mean"
+    nonfinite: str = "keep"
+    running_statistics: str = "micro_batch"
+
+    def checked(self) -> WindowOptions:
+        """Returns these options, or raises ValueError if a value is unknown."""
+        check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
+        check_choice("nonfinite", self.nonfinite, ("keep", "skip", "raise"))
+        check_choice("running_statistics", self.running_statistics, ("micro_batch", "update"))
+        return self
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the losses are means over their examples."""
+        return self.loss_reduction == "mean"
+
+    @property
+    def checks_values(self) -> bool:
+        """Whether losses and gradients are checked, for which each pass waits for the device."""
+        return self.nonfinite != "keep"
+
+    @property
+    def moves_averages_once(self) -> bool:
+        """Whether running averages move only once per update."""
+        return self.running_statistics == "update"
+
+
+DEFAULTS = WindowOptions()

@@ -1,0 +1,1 @@
+from chainer.backends import cuda as cuda

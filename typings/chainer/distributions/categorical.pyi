@@ -1,0 +1,6 @@
+from chainer.types import NdArray
+from chainer.variable import Variable
+
+class Categorical:
+    def __init__(self, p: NdArray | None = ..., **kwargs: NdArray) -> None: ...
+    def log_prob(self, x: NdArray) -> Variable: ...

@@ -1,0 +1,16 @@
+from typing import Any, Sequence
+
+from chainer.types import NdArray
+from chainer.variable import Variable, VariableNode
+
+class FunctionNode:
+    inputs: tuple[VariableNode, ...]
+    @property
+    def input_layouts(self) -> tuple[object | None, ...]: ...
+    @property
+    def label(self) -> str: ...
+    def apply(self, inputs: Sequence[Any]) -> tuple[Variable, ...]: ...
+    def forward(self, inputs: tuple[NdArray, ...]) -> tuple[NdArray, ...]: ...
+    def backward(
+        self, target_input_indexes: tuple[int, ...], grad_outputs: tuple[Variable | None, ...]
+    ) -> Sequence[Variable | None]: ...

@@ -1,0 +1,6 @@
+from typing import Any
+
+from chainer.variable import Variable
+
+def pad_sequence(xs: list[Any], length: int | None = ..., padding: Any = ...) -> Variable: ...
+def sparse_matmul(a: Any, b: Any) -> Variable: ...

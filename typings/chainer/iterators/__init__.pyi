@@ -1,0 +1,1 @@
+from chainer.iterators import multiprocess_iterator as multiprocess_iterator
