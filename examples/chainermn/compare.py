@@ -1,4 +1,4 @@
-"""Runs train_digits.py on 1, 2 and 4 ranks, with 1 and with 8 accumulation steps, and prints a table that compares."""
+"""Runs train_digits.py on 1, 2 and 4 ranks, with 1 and with 8 accumulation steps, and compares them in a table."""
 
 from __future__ import annotations
 
@@ -9,23 +9,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 import numpy
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for what the examples share
+from comparison import show_table
 
 PROGRAM = Path(__file__).with_name("train_digits.py")
 RANKS = 1, 2, 4
 ACCUMULATION_STEPS = 1, 8
-COLUMNS = (
-    "accumulation_steps",
-    "ranks",
-    "updates",
-    "all-reduces",
-    "MB from each rank",
-    "ranks differ by",
-    "differs from 1 rank by",
-    "validation accuracy",
-)
 
 
 def main() -> None:
@@ -33,7 +26,7 @@ def main() -> None:
     parser.add_argument("--epoch", type=int, default=5, help="number of epochs")
     parser.add_argument("--out", type=Path, default="result", help="folder for the results")
     args = parser.parse_args()
-    rows: List[List[str]] = [list(COLUMNS), ["---:"] * len(COLUMNS)]
+    rows = []
     for steps in ACCUMULATION_STEPS:
         reference = None
         for ranks in RANKS:
@@ -42,9 +35,7 @@ def main() -> None:
             parameters = numpy.load(out / "parameters.npy")
             reference = parameters if reference is None else reference
             rows.append(make_row(steps, result, float(abs(parameters - reference).max())))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    print(table)
-    (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    show_table(rows, args.out, text_columns=0)
 
 
 def run(ranks: int, steps: int, epochs: int, out: Path) -> Dict[str, Any]:
@@ -60,7 +51,7 @@ def run(ranks: int, steps: int, epochs: int, out: Path) -> Dict[str, Any]:
 
 
 def mpiexec() -> str:
-    """Returns the mpiexec of this environment, or else the one of the machine."""
+    """Returns the mpiexec of this environment, or else that of the machine."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     found = shutil.which("mpiexec", path=path)
     if found is None:
@@ -68,17 +59,17 @@ def mpiexec() -> str:
     return found
 
 
-def make_row(steps: int, result: Dict[str, Any], difference: float) -> List[str]:
-    return [
-        str(steps),
-        str(result["ranks"]),
-        str(result["updates"]),
-        str(result["all_reduces"]),
-        f"{result['bytes'] / 1e6:.1f}",
-        f"{result['ranks_differ_by']:.2g}",
-        f"{difference:.2g}",
-        f"{result['accuracy']:.2%}",
-    ]
+def make_row(steps: int, result: Dict[str, Any], difference: float) -> Dict[str, str]:
+    return {
+        "accumulation_steps": str(steps),
+        "ranks": str(result["ranks"]),
+        "updates": str(result["updates"]),
+        "all-reduces": str(result["all_reduces"]),
+        "MB from each rank": f"{result['bytes'] / 1e6:.1f}",
+        "ranks differ by": f"{result['ranks_differ_by']:.2g}",
+        "differs from 1 rank by": f"{difference:.2g}",
+        "validation accuracy": f"{result['accuracy']:.2%}",
+    }
 
 
 if __name__ == "__main__":

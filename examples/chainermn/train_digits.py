@@ -2,8 +2,8 @@
 
     mpiexec -n 2 python examples/chainermn/train_digits.py --accumulation-steps 8
 
-The effective batch is the same whatever the number of ranks: each takes its share of each batch. In the end, the job
-prints whether all ranks have the same parameters, how many all-reduces of gradients there were, and their bytes.
+The ranks share each batch, so the effective batch does not depend on their number. At the end, the job prints how much
+the parameters of the ranks differ, the number of all-reduces of gradients, and the bytes that they took.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ N_TRAINING, N_VALIDATION = 1280, 516  # of 1,797; each number of ranks divides t
 
 
 class CountingCommunicator(NaiveCommunicator):
-    """The communicator for processes without GPU, which counts what it is asked to add up."""
+    """The communicator for processes without a GPU, with a count of all-reduces and bytes."""
 
     def __init__(self, mpi_comm: Any) -> None:
         super().__init__(mpi_comm)
@@ -52,7 +52,7 @@ def main() -> None:
     comm = CountingCommunicator(MPI.COMM_WORLD)
     if args.batch_size % comm.size:
         raise SystemExit(f"--batch-size must be a multiple of the {comm.size} ranks, got {args.batch_size}")
-    numpy.random.seed(comm.rank)  # each rank has initial parameters of its own, and is given those of the first
+    numpy.random.seed(comm.rank)  # each rank has its own initial parameters, which those of the first replace
     model = L.Classifier(chainer.Sequential(L.Linear(None, 256), F.tanh, L.Linear(256, 256), F.tanh, L.Linear(256, 10)))
     optimizer = chainermn.create_multi_node_optimizer(chainer.optimizers.MomentumSGD(lr=0.05), comm).setup(model)
     train, validation = load_datasets()
@@ -91,7 +91,7 @@ def load_datasets() -> Tuple[Any, Any]:
 
 
 def share_of(comm: Any) -> Callable[..., Any]:
-    """Returns an order sampler that shuffles all examples alike on all ranks, and deals each rank its share."""
+    """Returns an order sampler that shuffles in the same way on all ranks and gives each rank its share."""
     random = numpy.random.RandomState(SEED)
     return lambda order, position: random.permutation(N_TRAINING)[comm.rank :: comm.size]
 

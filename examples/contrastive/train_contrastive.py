@@ -1,10 +1,10 @@
-"""Learns an embedding of handwritten digits without labels, with a batch that does not fit into the memory it is given.
+"""Learns an embedding of handwritten digits without labels, with a batch that does not fit into memory.
 
-Two views of each image are made by moving it and adding noise, and each view has to find the other one of its image
-among the views of all images in the batch (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual
-Representations"). The larger the batch, the more there is to compare with. The program trains with the whole batch,
-with CachedGradientUpdater and by plain accumulation, and leaves a table in the folder given by --out. Then it lets the
-first two make an update in a process whose memory is limited.
+Each image is moved and given noise twice, and each of these two views has to find the other among the views of all
+images in the batch (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations"). A
+larger batch has more to compare with. The program trains with the whole batch, with CachedGradientUpdater and by plain
+accumulation, and writes a table that compares the three. Then it runs an update of the first two in a process whose
+memory is limited.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import argparse
 import subprocess
 import sys
 import time
-import tracemalloc
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, NamedTuple, Tuple
 
 import chainer_accum  # before chainer, which it makes importable on current Python and NumPy
 import chainer
@@ -25,16 +24,17 @@ import numpy
 from chainer.datasets import TransformDataset
 from chainer.iterators import SerialIterator
 from chainer.training.updaters import StandardUpdater
-from sklearn.datasets import load_digits
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for what the examples share
+from comparison import largest_difference, make_parser, measure_peak_mib, positive, show_table
+from handwritten_digits import load_split, nearest_neighbour_accuracy
 
 SEED = 0
-TRAINING_SHARE = 0.8
-MIB = 2**20
-STATM = Path("/proc/self/statm")  # on Linux, how much memory a process has
+STATM = Path("/proc/self/statm")  # on Linux, the memory that the process has
 
 
 class Embedding(chainer.Chain):
-    """Maps images of 8 x 8 pixels to directions. Smooth, so that rounding stays rounding."""
+    """Maps images of 8 x 8 pixels to directions. It is smooth, so rounding errors stay small."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,19 +49,19 @@ class Embedding(chainer.Chain):
 
 
 class Contrastive(chainer.Chain):
-    """What CachedGradientUpdater asks for: an encoder, and a loss of what it returns for all examples of the batch."""
+    """The two parts that CachedGradientUpdater needs: an encoder, and a loss of its outputs for the whole batch."""
 
     def __init__(self) -> None:
         super().__init__()
         with self.init_scope():
             self.embedding = Embedding()
-            self.log_scale = chainer.Parameter(numpy.log(10).item(), (1, 1))  # of the loss, and learned like the rest
+            self.log_scale = chainer.Parameter(numpy.log(10).item(), (1, 1))  # of the loss; it is learned
 
     def encode(self, first: Any, second: Any) -> Tuple[chainer.Variable, chainer.Variable]:
         return self.embedding(first), self.embedding(second)
 
     def loss(self, first: chainer.Variable, second: chainer.Variable) -> chainer.Variable:
-        """Each view is to find the other one of its image among those of all images."""
+        """Each view must find the other view of its image among those of all images."""
         similarities = F.matmul(first, second, transb=True)
         similarities *= F.broadcast_to(F.exp(self.log_scale), similarities.shape)
         partners = self.xp.arange(len(first), dtype=numpy.int32)
@@ -74,13 +74,13 @@ class Contrastive(chainer.Chain):
 
 
 class Result(NamedTuple):
-    """What one way of training led to."""
+    """The outcome of one way of training."""
 
     title: str
     model: Contrastive
     accuracy: float
-    peak: int  # bytes
-    seconds: float  # of the processor
+    peak_mib: float
+    seconds: float  # processor time
 
 
 WAYS = {
@@ -96,40 +96,31 @@ def main() -> None:
     if args.update_within_limit:
         update_within_limit(args)
         return
-    table = make_table([train(way, args) for way in WAYS], nearest_neighbour_accuracy(lambda images: images))
-    outcomes = "\n".join(outcome_of_update_within_limit(way, args) for way in ("whole", "cached"))
-    print(f"{table}\n\n{outcomes}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    results = [train(way, args) for way in WAYS]
+    rows = [make_row(result, results[0]) for result in results]
+    pixels = dict.fromkeys(rows[0], "")
+    pixels["updater"] = "none: the pixels themselves"
+    pixels["accuracy of the nearest neighbour"] = f"{nearest_neighbour_accuracy(lambda images: images):.2%}"
+    show_table([*rows, pixels], args.out)
+    print()
+    for way in ("whole", "cached"):
+        print(outcome_of_update_within_limit(way, args))
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Learns an embedding of handwritten digits with batches that do not fit, and compares.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = make_parser("Learns an embedding of handwritten digits with batches that do not fit, and compares.")
+    parser.add_argument("--epoch", type=positive, default=10, help="number of epochs")
+    parser.add_argument("--batch-size", type=positive, default=512, help="images per update (the effective batch)")
+    parser.add_argument("--micro-batch-size", type=positive, default=32, help="images encoded at a time")
+    parser.add_argument(
+        "--memory-limit", type=positive, default=24, help="memory for one update of the second part, in MiB"
     )
-    parser.add_argument("--epoch", type=int, default=10, help="number of epochs")
-    parser.add_argument("--batch-size", type=int, default=512, help="images per update (the effective batch)")
-    parser.add_argument("--micro-batch-size", type=int, default=32, help="images encoded at a time")
-    parser.add_argument("--memory-limit", type=int, default=24, help="memory for one update of the second part, in MiB")
-    parser.add_argument("--device", type=chainer.get_device, default="@numpy", help="device specifier, such as @cupy:0")
-    parser.add_argument("--out", type=Path, default="result", help="folder for the results")
     parser.add_argument("--update-within-limit", choices=WAYS, help=argparse.SUPPRESS)  # the program calls itself
-    args = parser.parse_args()
-    if min(args.epoch, args.batch_size, args.micro_batch_size, args.memory_limit) < 1:
-        parser.error("--epoch, --batch-size, --micro-batch-size and --memory-limit must be 1 or more")
-    return args
-
-
-def load_images() -> Tuple[numpy.ndarray, numpy.ndarray]:
-    """Returns the images of the digits, with pixels between 0 and 1, and their labels, in an order that is no order."""
-    images, labels = load_digits(return_X_y=True)
-    order = numpy.random.RandomState(SEED).permutation(len(images))
-    return (images / 16).astype(numpy.float32).reshape(-1, 1, 8, 8)[order], labels.astype(numpy.int32)[order]
+    return parser.parse_args()
 
 
 def two_views(image: numpy.ndarray) -> Tuple[numpy.ndarray, numpy.ndarray]:
-    """Returns the image twice, each time moved by up to a pixel, brighter or darker, and with noise."""
+    """Returns two views of the image: moved by up to a pixel, brighter or darker, and with noise."""
 
     def view() -> numpy.ndarray:
         moved = numpy.roll(image, numpy.random.randint(-1, 2, size=2), axis=(1, 2))
@@ -140,11 +131,10 @@ def two_views(image: numpy.ndarray) -> Tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def make_updater(way: str, args: argparse.Namespace) -> Any:
-    """Returns an updater with a new model. All that differs from way to way is the updater."""
+    """Returns an updater with a new model, which always has the same initial parameters."""
     numpy.random.seed(SEED)
-    images, _ = load_images()
-    training_images = images[: int(TRAINING_SHARE * len(images))]
-    iterator = SerialIterator(TransformDataset(training_images, two_views), args.batch_size)
+    training, _ = load_split()
+    iterator = SerialIterator(TransformDataset(training.images, two_views), args.batch_size)
     model = Contrastive()
     optimizer = chainer.optimizers.Adam(alpha=0.003).setup(model)
     if way == "whole":
@@ -164,7 +154,7 @@ def make_updater(way: str, args: argparse.Namespace) -> Any:
 
 
 def train(way: str, args: argparse.Namespace) -> Result:
-    """Trains, and then makes one more update to measure its memory, which is slow."""
+    """Trains, and measures the memory of an update afterwards, which is slow."""
     updater = make_updater(way, args)
     model = updater.get_optimizer("main").target
     start = time.process_time()
@@ -173,49 +163,22 @@ def train(way: str, args: argparse.Namespace) -> Result:
     seconds = time.process_time() - start
     trained = model.copy(mode="copy")
     trained.to_device("@numpy")
-    tracemalloc.start()
-    updater.update()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return Result(WAYS[way], trained, nearest_neighbour_accuracy(trained.embedding), peak, seconds)
+    peak_mib = measure_peak_mib(updater.update, args.device)
+    return Result(WAYS[way], trained, nearest_neighbour_accuracy(trained.embedding), peak_mib, seconds)
 
 
-def nearest_neighbour_accuracy(embed: Any) -> float:
-    """Returns how many of the other images have the label of the training image that is nearest to them."""
-    images, labels = load_images()
-    n_training = int(TRAINING_SHARE * len(images))
-    with chainer.no_backprop_mode():
-        points = chainer.as_array(embed(images)).reshape(len(images), -1)
-    distances = ((points[n_training:, None] - points[None, :n_training]) ** 2).sum(axis=2)
-    return float((labels[:n_training][distances.argmin(axis=1)] == labels[n_training:]).mean())
-
-
-def make_table(results: Sequence[Result], accuracy_of_pixels: float) -> str:
-    """Returns a Markdown table with one row per result; each is compared with the first."""
-    lines = [
-        "| updater | parameters differ by | accuracy of the nearest neighbour | peak memory | processor time |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    expected = parameters_of(results[0].model)
-    for result in results:
-        parameters = parameters_of(result.model)
-        cells = [
-            result.title,
-            f"{max(float(abs(parameters[name] - expected[name]).max()) for name in expected):.2g}",
-            f"{result.accuracy:.2%}",
-            f"{result.peak / MIB:.1f} MiB",
-            f"{result.seconds:.1f} s",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, f"| none: the pixels themselves | | {accuracy_of_pixels:.2%} | | |"])
-
-
-def parameters_of(model: chainer.Link) -> Dict[str, numpy.ndarray]:
-    return {name: param.array for name, param in model.namedparams()}
+def make_row(result: Result, reference: Result) -> Dict[str, str]:
+    return {
+        "updater": result.title,
+        "parameters differ by": f"{largest_difference(result.model, reference.model):.2g}",
+        "accuracy of the nearest neighbour": f"{result.accuracy:.2%}",
+        "peak memory": f"{result.peak_mib:.1f} MiB",
+        "processor time": f"{result.seconds:.1f} s",
+    }
 
 
 def outcome_of_update_within_limit(way: str, args: argparse.Namespace) -> str:
-    """Has one update made in a process of its own and returns a line that says how it went."""
+    """Takes an update in a new process and returns a line that says how it went."""
     command = [sys.executable, __file__, *sys.argv[1:], "--update-within-limit", way]
     completed = subprocess.run(command, capture_output=True, encoding="utf-8")
     outcome = completed.stdout.strip() or f"ends with {completed.returncode}: {completed.stderr.strip()[-200:]}"
@@ -223,17 +186,17 @@ def outcome_of_update_within_limit(way: str, args: argparse.Namespace) -> str:
 
 
 def update_within_limit(args: argparse.Namespace) -> None:
-    """Makes an update with no more memory than there is already and the limit, and prints how it went."""
+    """Takes an update that may allocate as much memory as the limit allows, and prints how it went."""
     if not STATM.exists():
-        print("not tried, for on this system the memory of a process cannot be limited")
+        print("not tried: the memory of a process cannot be limited on this system")
         return
     import resource  # not on Windows
 
     updater = make_updater(args.update_within_limit, args)
-    images, _ = load_images()
-    updater.get_optimizer("main").target(images[:2], images[:2])  # so that libraries have allocated what they keep
+    images = load_split()[0].images
+    updater.get_optimizer("main").target(images[:2], images[:2])  # lets libraries allocate what they keep
     pages = int(STATM.read_text(encoding="utf-8").split()[0])
-    limit = pages * resource.getpagesize() + args.memory_limit * MIB
+    limit = pages * resource.getpagesize() + args.memory_limit * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         updater.update()

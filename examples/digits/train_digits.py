@@ -1,20 +1,19 @@
 """Trains one network on handwritten digits three ways, which should end in the same parameters.
 
 (a) with StandardUpdater and the whole batch at once,
-(b) with AccumulatingUpdater, which gathers as many batches of the iterator as make that batch,
+(b) with AccumulatingUpdater, which gathers smaller batches of the iterator until they make up that batch,
 (c) with AccumulatingUpdater, which splits that batch.
 
-Seed, initial parameters and the order of examples are the same. A table of what differs and what does not, and a plot
-of losses and memory, go to the folder given by --out; the log and snapshot of each way to a folder of its own in it.
+Seed, initial parameters and the order of examples are the same. The program writes a table that compares the three, a
+plot of their losses and memory, and a folder for each with its log and snapshot.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tracemalloc
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 import chainer_accum  # before chainer, which it makes importable on current Python and NumPy
 import chainer
@@ -22,17 +21,20 @@ import chainer.functions as F
 import chainer.links as L
 import matplotlib
 import numpy
-from chainer.iterators import SerialIterator, ShuffleOrderSampler
+from chainer.datasets import TupleDataset
+from chainer.iterators import SerialIterator
 from chainer.training import Trainer, extensions
 from chainer.training.updaters import StandardUpdater
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for what the examples share
+from comparison import largest_difference, make_iterator, make_parser, measure_peak_mib, positive, show_table
+from handwritten_digits import load_split
 
 SEED = 0
-TRAINING_SHARE = 0.8
 
 
-# The three ways. All that differs is the updater and, in (b), the size of the iterator's batches.
+# The three ways. They differ only in the updater and, for (b), in the size of the iterator's batches.
 
 
 def full_batch(train: Any, optimizer: Any, args: argparse.Namespace) -> StandardUpdater:
@@ -58,8 +60,8 @@ def split(train: Any, optimizer: Any, args: argparse.Namespace) -> StandardUpdat
 class DigitNet(chainer.Chain):
     """A small convolutional network for images of 8 x 8 pixels.
 
-    It is smooth, so that rounding, which depends on the size of the arrays, stays rounding. Past the kink of a ReLU it
-    may send a gradient another way, and over many updates that grows to a difference one can see.
+    It uses tanh, which is smooth, so rounding errors stay small. With ReLU, a rounding error can move a value across
+    the kink and change its gradient, and over many updates the difference becomes visible.
 
     """
 
@@ -78,11 +80,11 @@ class DigitNet(chainer.Chain):
 
 
 class Result(NamedTuple):
-    """What one way of training led to."""
+    """The outcome of one way of training."""
 
     title: str
     model: chainer.Chain
-    log: List[Dict[str, float]]  # of LogReport: one entry per epoch
+    log: List[Dict[str, float]]  # the log of LogReport, one entry per epoch
     seconds: float
     peak_mib: float
 
@@ -90,55 +92,31 @@ class Result(NamedTuple):
 def main() -> None:
     args = parse_args()
     args.device.use()
-    matplotlib.use("Agg")  # PlotReport needs no display then
+    matplotlib.use("Agg")  # lets PlotReport work without a display
     steps = args.batch_size // args.micro_batch_size
     results = [
         train_one_way(full_batch, f"(a) StandardUpdater, batches of {args.batch_size}", args),
         train_one_way(gathered, f"(b) AccumulatingUpdater, accumulation_steps={steps}", args),
         train_one_way(split, f"(c) AccumulatingUpdater, micro_batch_size={args.micro_batch_size}", args),
     ]
-    table = make_table(results)
-    print(table)
-    (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    show_table([make_row(result, results[0]) for result in results], args.out)
     plot_comparison(results, args.out / "comparison.png")
     print(f"\nLoss curves and memory: {args.out / 'comparison.png'}")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Trains on handwritten digits with and without gradient accumulation and compares.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--epoch", type=int, default=10, help="number of epochs")
-    parser.add_argument("--batch-size", type=int, default=256, help="examples per update (the effective batch)")
-    parser.add_argument("--micro-batch-size", type=int, default=32, help="examples per forward/backward pass")
-    parser.add_argument("--device", type=chainer.get_device, default="@numpy", help="device specifier, such as @cupy:0")
-    parser.add_argument("--out", type=Path, default="result", help="folder for the results")
+    parser = make_parser("Trains on handwritten digits with and without gradient accumulation and compares.")
+    parser.add_argument("--epoch", type=positive, default=10, help="number of epochs")
+    parser.add_argument("--batch-size", type=positive, default=256, help="examples per update (the effective batch)")
+    parser.add_argument("--micro-batch-size", type=positive, default=32, help="examples per forward/backward pass")
     args = parser.parse_args()
-    if min(args.epoch, args.batch_size, args.micro_batch_size) < 1:
-        parser.error("--epoch, --batch-size and --micro-batch-size must be 1 or more")
     if args.batch_size % args.micro_batch_size:
         parser.error("--batch-size must be a multiple of --micro-batch-size, for (b) to gather whole batches")
     return args
 
 
-def load_datasets() -> Tuple[Any, Any]:
-    """Returns the training and the validation dataset, always split in the same way."""
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(numpy.float32).reshape(-1, 1, 8, 8)
-    dataset = chainer.datasets.TupleDataset(images, labels.astype(numpy.int32))
-    train, validation = chainer.datasets.split_dataset_random(dataset, int(TRAINING_SHARE * len(dataset)), seed=SEED)
-    return train, validation
-
-
-def make_iterator(train: Any, batch_size: int) -> SerialIterator:
-    """Returns an iterator that gives the examples in the same order whatever the batch size."""
-    order_sampler = ShuffleOrderSampler(numpy.random.RandomState(SEED))
-    return SerialIterator(train, batch_size, order_sampler=order_sampler)
-
-
 def make_optimizer() -> chainer.Optimizer:
-    """Returns an optimizer with a new model, whose initial parameters are always the same."""
+    """Returns an optimizer with a new model, which always has the same initial parameters."""
     numpy.random.seed(SEED)
     return chainer.optimizers.MomentumSGD(lr=0.1).setup(L.Classifier(DigitNet()))
 
@@ -146,21 +124,21 @@ def make_optimizer() -> chainer.Optimizer:
 def train_one_way(way: Callable[..., StandardUpdater], title: str, args: argparse.Namespace) -> Result:
     """Trains a new model with the updater that ``way`` makes."""
     print(title)
-    train, validation = load_datasets()
+    train, validation = (TupleDataset(*part) for part in load_split())
     optimizer = make_optimizer()
     updater = way(train, optimizer, args)
     trainer = Trainer(updater, (args.epoch, "epoch"), out=str(args.out / way.__name__))
     extend(trainer, validation, args.device)
     trainer.run()
     print()
-    peak_mib = measure_peak_mib(way(train, make_optimizer(), args), args.device)
+    peak_mib = measure_peak_mib(way(train, make_optimizer(), args).update, args.device)
     return Result(title, optimizer.target, trainer.get_extension("LogReport").log, trainer.elapsed_time, peak_mib)
 
 
 def extend(trainer: Trainer, validation: Any, device: Any) -> None:
-    """Adds the usual extensions, which need to know nothing of accumulation."""
+    """Adds the usual extensions. None of them knows about accumulation."""
     model = trainer.updater.get_optimizer("main").target
-    # One batch: Evaluator takes the mean over batches, in which a smaller last one would count as much as the others.
+    # A single batch: Evaluator averages over batches, and a smaller last batch would count as much as the others.
     iterator = SerialIterator(validation, len(validation), repeat=False, shuffle=False)
     trainer.extend(extensions.Evaluator(iterator, model, device=device))
     trainer.extend(extensions.LogReport())
@@ -172,55 +150,20 @@ def extend(trainer: Trainer, validation: Any, device: Any) -> None:
         trainer.extend(extensions.ProgressBar(update_interval=1))
 
 
-def measure_peak_mib(updater: StandardUpdater, device: Any) -> float:
-    """Returns the MiB that updates need at their peak, beside the parameters and the state of the optimizer."""
-    updater.update()  # allocates what stays
-    if device.xp is numpy:
-        tracemalloc.start()
-        updater.update()
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    else:
-        pool = chainer.backends.cuda.memory_pool
-        pool.free_all_blocks()
-        before = pool.total_bytes()
-        updater.update()
-        peak = pool.total_bytes() - before
-    return peak / 2**20
-
-
-def largest_difference(model: chainer.Chain, reference: chainer.Chain) -> float:
-    """Returns the largest absolute difference between two models' parameters."""
-    cpu = chainer.get_device("@numpy")
-    expected = {name: cpu.send(param.array) for name, param in reference.namedparams()}
-    return max(float(abs(cpu.send(param.array) - expected[name]).max()) for name, param in model.namedparams())
-
-
-def make_table(results: Sequence[Result]) -> str:
-    """Returns a Markdown table with one row per result."""
-    rows = [["updater", "parameters differ from (a) by", "training loss", "validation accuracy", "peak memory", "time"]]
-    for result in results:
-        last = result.log[-1]
-        rows.append(
-            [
-                result.title,
-                f"{largest_difference(result.model, results[0].model):.2g}",
-                f"{last['main/loss']:.6f}",
-                f"{last['validation/main/accuracy']:.2%}",
-                f"{result.peak_mib:.1f} MiB",
-                f"{result.seconds:.1f} s",
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
-    lines = [
-        [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])] for row in rows
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def make_row(result: Result, reference: Result) -> Dict[str, str]:
+    last = result.log[-1]
+    return {
+        "updater": result.title,
+        "parameters differ from (a) by": f"{largest_difference(result.model, reference.model):.2g}",
+        "training loss": f"{last['main/loss']:.6f}",
+        "validation accuracy": f"{last['validation/main/accuracy']:.2%}",
+        "peak memory": f"{result.peak_mib:.1f} MiB",
+        "time": f"{result.seconds:.1f} s",
+    }
 
 
 def plot_comparison(results: Sequence[Result], path: Path) -> None:
-    """Draws loss curves, how they differ, and the peak memory of an update."""
+    """Draws the loss curves, their differences, and the peak memory of an update."""
     figure = Figure(figsize=(11, 5.5), constrained_layout=True)
     grid = figure.add_gridspec(2, 2, width_ratios=[3, 2], height_ratios=[3, 1])
     curves = figure.add_subplot(grid[0, 0])
@@ -228,7 +171,7 @@ def plot_comparison(results: Sequence[Result], path: Path) -> None:
     memory = figure.add_subplot(grid[:, 1])
     epochs = [entry["epoch"] for entry in results[0].log]
     reference = numpy.array([entry["main/loss"] for entry in results[0].log])
-    # From broad to fine, so that all three can be seen where they coincide.
+    # From broad to fine, so that all three are visible where they coincide.
     styles: List[Dict[str, Any]] = [
         {"color": "#9ecae1", "linewidth": 9, "marker": "o", "markersize": 15},
         {"color": "#e6550d", "linewidth": 3.5, "marker": "o", "markersize": 8},

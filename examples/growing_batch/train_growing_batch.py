@@ -1,12 +1,12 @@
-"""Trains one network on handwritten digits four ways that differ in learning rate and effective batch only.
+"""Trains one network on handwritten digits four ways that differ only in learning rate and effective batch.
 
-(a)  small batches and a constant learning rate, with which the others are compared,
-(b)  large effective batches, with a learning rate as many times larger, reached by a gradual warm-up [1],
-(a') small batches and a learning rate that is halved now and then,
+(a)  small batches and a constant learning rate,
+(b)  large effective batches, with a learning rate that is larger by the same factor after a gradual warm-up [1],
+(a') small batches and a learning rate that is halved at certain epochs,
 (c)  a constant learning rate and effective batches that are doubled where (a') halves the learning rate [2].
 
-(b) should do about as well as (a), and (c) as (a'), with fewer updates. Whether they do, a table and a plot say. They
-go to the folder given by --out; the log of each way to a folder of its own in it.
+(b) should do about as well as (a), and (c) as (a'), with fewer updates. The program writes a table and a plot that show
+whether they do, and a folder for each with its log.
 
 [1] Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017, https://arxiv.org/abs/1706.02677
 [2] Smith et al., "Don't Decay the Learning Rate, Increase the Batch Size", ICLR 2018, https://arxiv.org/abs/1711.00489
@@ -17,35 +17,37 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 import chainer_accum  # before chainer, which it makes importable on current Python and NumPy
 import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy
-from chainer.iterators import SerialIterator, ShuffleOrderSampler
+from chainer.datasets import TupleDataset
+from chainer.iterators import SerialIterator
 from chainer.training import Trainer, extensions
 from chainer.training.triggers import ManualScheduleTrigger
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 
-TRAINING_SHARE = 0.8
-GROWTH = 2  # by which the effective batch grows in (c), and the learning rate shrinks in (a')
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for what the examples share
+from comparison import make_iterator, make_parser, positive, show_table
+from handwritten_digits import load_split
 
-# The four ways. All that differs is what sets the number of accumulation steps and the learning rate. The former is
-# given as a schedule even where it is always 1, for the updater to count the examples.
+GROWTH = 2  # factor by which the effective batch grows in (c) and the learning rate shrinks in (a')
+
+# The four ways. They differ only in the extensions that set the number of accumulation steps and the learning rate.
 
 
 def small_batch(trainer: Trainer, args: argparse.Namespace) -> None:
-    """(a) Each batch of the iterator is an update, and the learning rate stays as it is."""
-    trainer.extend(chainer_accum.extensions.Accumulate({0: 1}))
+    """(a) Each batch of the iterator is an update, and the learning rate is constant."""
+    trainer.extend(chainer_accum.extensions.Accumulate(1))
 
 
 def large_batch(trainer: Trainer, args: argparse.Namespace) -> None:
-    """(b) Several batches are an update, and the learning rate is as many times larger, after a warm-up."""
-    trainer.extend(chainer_accum.extensions.Accumulate({0: args.steps}))
-    # The extension makes a step per update, so its length is in updates, of which an epoch has fewer now.
+    """(b) Several batches are an update, and the learning rate grows by that number in a warm-up."""
+    trainer.extend(chainer_accum.extensions.Accumulate(args.steps))
+    # WarmupShift counts updates, of which an epoch has fewer than it has batches.
     epoch_size = len(trainer.updater.get_iterator("main").dataset)
     warmup_updates = max(1, round(args.warmup * epoch_size / (args.batch_size * args.steps)))
     trainer.extend(extensions.WarmupShift("lr", args.lr, warmup_updates, args.lr * args.steps))
@@ -53,12 +55,12 @@ def large_batch(trainer: Trainer, args: argparse.Namespace) -> None:
 
 def decaying_rate(trainer: Trainer, args: argparse.Namespace) -> None:
     """(a') Each batch of the iterator is an update, and the learning rate shrinks."""
-    trainer.extend(chainer_accum.extensions.Accumulate({0: 1}))
+    trainer.extend(chainer_accum.extensions.Accumulate(1))
     trainer.extend(extensions.ExponentialShift("lr", 1 / GROWTH), trigger=ManualScheduleTrigger(args.grow_at, "epoch"))
 
 
 def growing_batch(trainer: Trainer, args: argparse.Namespace) -> None:
-    """(c) More and more batches are an update, and the learning rate stays as it is."""
+    """(c) The number of batches per update grows, and the learning rate is constant."""
     schedule = {epoch: GROWTH**times for times, epoch in enumerate([0, *args.grow_at])}
     trainer.extend(chainer_accum.extensions.Accumulate(schedule))
 
@@ -79,11 +81,11 @@ class DigitNet(chainer.Chain):
 
 
 class Result(NamedTuple):
-    """What one way of training led to."""
+    """The outcome of one way of training."""
 
     title: str
     updates: int
-    log: List[Dict[str, float]]  # of LogReport: one entry per epoch
+    log: List[Dict[str, float]]  # the log of LogReport, one entry per epoch
 
 
 def main() -> None:
@@ -97,53 +99,35 @@ def main() -> None:
         train_one_way(decaying_rate, f"(a') batches of {args.batch_size}, decaying rate", args),
         train_one_way(growing_batch, f"(c)  batches of {args.batch_size} to {grown}, constant rate", args),
     ]
-    table = make_table(results)
-    print(table)
-    (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    show_table([make_row(result) for result in results], args.out)
     plot_schedules(results, args.out / "schedules.png")
     print(f"\nPlot: {args.out / 'schedules.png'}")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Trains on handwritten digits with learning rates and effective batches that go together.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--epoch", type=int, default=12, help="number of epochs")
-    parser.add_argument("--batch-size", type=int, default=32, help="examples per forward/backward pass")
-    parser.add_argument("--steps", type=int, default=8, help="accumulation steps per update in (b)")
+    parser = make_parser("Trains on handwritten digits with learning rates and effective batches that go together.")
+    parser.add_argument("--epoch", type=positive, default=12, help="number of epochs")
+    parser.add_argument("--batch-size", type=positive, default=32, help="examples per forward/backward pass")
+    parser.add_argument("--steps", type=positive, default=8, help="accumulation steps per update in (b)")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate, for updates with a single batch")
     parser.add_argument("--warmup", type=float, default=3, help="epochs of warm-up in (b)")
     parser.add_argument(
-        "--grow-at", type=int, nargs="+", default=[6, 8, 10], help="epochs at which (c) grows and (a') decays"
+        "--grow-at", type=positive, nargs="+", default=[6, 8, 10], help="epochs at which (c) grows and (a') decays"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the initial parameters and the order of examples")
-    parser.add_argument("--device", type=chainer.get_device, default="@numpy", help="device specifier, such as @cupy:0")
-    parser.add_argument("--out", type=Path, default="result", help="folder for the results")
     args = parser.parse_args()
-    if min(args.epoch, args.batch_size, args.steps) < 1:
-        parser.error("--epoch, --batch-size and --steps must be 1 or more")
-    if args.grow_at != sorted(set(args.grow_at)) or args.grow_at[0] < 1:
-        parser.error("--grow-at must be epochs from 1 on, in ascending order")
+    if args.grow_at != sorted(set(args.grow_at)):
+        parser.error("--grow-at must be epochs in ascending order")
     return args
 
 
-def load_datasets() -> Tuple[Any, Any]:
-    """Returns the training and the validation dataset, always split in the same way."""
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(numpy.float32).reshape(-1, 1, 8, 8)
-    dataset = chainer.datasets.TupleDataset(images, labels.astype(numpy.int32))
-    return chainer.datasets.split_dataset_random(dataset, int(TRAINING_SHARE * len(dataset)), seed=0)
-
-
 def train_one_way(way: Callable[..., None], title: str, args: argparse.Namespace) -> Result:
-    """Trains a new model, the same for all ways, on examples in the same order."""
+    """Trains a new model. Initial parameters and the order of examples depend on the seed alone."""
     print(title)
-    train, validation = load_datasets()
+    train, validation = (TupleDataset(*part) for part in load_split())
     numpy.random.seed(args.seed)
     optimizer = chainer.optimizers.MomentumSGD(lr=args.lr).setup(L.Classifier(DigitNet()))
-    order_sampler = ShuffleOrderSampler(numpy.random.RandomState(args.seed))
-    iterator = SerialIterator(train, args.batch_size, order_sampler=order_sampler)
+    iterator = make_iterator(train, args.batch_size, args.seed)
     updater = chainer_accum.AccumulatingUpdater(iterator, optimizer, device=args.device)
     trainer = Trainer(updater, (args.epoch, "epoch"), out=str(args.out / way.__name__))
     way(trainer, args)
@@ -156,7 +140,7 @@ def train_one_way(way: Callable[..., None], title: str, args: argparse.Namespace
 def extend(trainer: Trainer, validation: Any, device: Any) -> None:
     """Adds the usual extensions."""
     model = trainer.updater.get_optimizer("main").target
-    # One batch: Evaluator takes the mean over batches, in which a smaller last one would count as much as the others.
+    # A single batch: Evaluator averages over batches, and a smaller last batch would count as much as the others.
     iterator = SerialIterator(validation, len(validation), repeat=False, shuffle=False)
     trainer.extend(extensions.Evaluator(iterator, model, device=device))
     trainer.extend(extensions.observe_lr())
@@ -168,33 +152,22 @@ def extend(trainer: Trainer, validation: Any, device: Any) -> None:
         trainer.extend(extensions.ProgressBar(update_interval=10))
 
 
-def make_table(results: Sequence[Result]) -> str:
-    """Returns a Markdown table with one row per result."""
-    rows = [["way", "updates", "training loss", "validation loss", "validation accuracy"]]
-    for result in results:
-        last = result.log[-1]
-        rows.append(
-            [
-                result.title,
-                str(result.updates),
-                f"{last['main/loss']:.4f}",
-                f"{last['validation/main/loss']:.4f}",
-                f"{last['validation/main/accuracy']:.2%}",
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
-    lines = [
-        [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])] for row in rows
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def make_row(result: Result) -> Dict[str, str]:
+    last = result.log[-1]
+    return {
+        "way": result.title,
+        "updates": str(result.updates),
+        "training loss": f"{last['main/loss']:.4f}",
+        "validation loss": f"{last['validation/main/loss']:.4f}",
+        "validation accuracy": f"{last['validation/main/accuracy']:.2%}",
+    }
 
 
 def plot_schedules(results: Sequence[Result], path: Path) -> None:
     """Draws loss, learning rate and effective batch over epochs."""
     figure = Figure(figsize=(8, 8), constrained_layout=True)
     losses, rates, batches = figure.subplots(3, sharex=True, gridspec_kw={"height_ratios": [2.2, 1, 1]})
-    # What belongs together has one colour, and is broad below and fine above where it coincides.
+    # Ways that belong together have one colour: a broad line below, a fine one on top.
     styles: List[Dict[str, Any]] = [
         {"color": "#9ecae1", "linewidth": 5},
         {"color": "#08519c", "linewidth": 1.5},
@@ -206,7 +179,9 @@ def plot_schedules(results: Sequence[Result], path: Path) -> None:
         losses.plot(epochs, [entry["main/loss"] for entry in result.log], label=result.title, **style)
         for axes, key in ((rates, "lr"), (batches, "effective_batch_size")):
             values = [entry[key] for entry in result.log]
-            axes.step([0, *epochs], values[:1] + values, where="pre", **style)  # an entry is about the epoch before it
+            axes.step(
+                [0, *epochs], values[:1] + values, where="pre", **style
+            )  # an entry describes the epoch that ends there
     losses.set(
         yscale="log", ylabel="training loss (mean over the epoch)", title="Learning rate and effective batch, four ways"
     )

@@ -1,22 +1,20 @@
 """Trains one character-level language model two ways, which should end in the same parameters.
 
-(a) with the whole batch at once: many streams of text side by side, cut into windows of a few steps,
+(a) with the whole batch at once: many streams of text side by side, a few characters of each per update,
 (b) with the streams in groups, one forward/backward pass each, and an optimizer that waits for all of them.
 
-It is truncated backpropagation through time, as in Chainer's example for the Penn Treebank, so the updater is not
-StandardUpdater and cannot be replaced by AccumulatingUpdater. The optimizer is wrapped instead. The text is the
-documentation of Python that is part of Python. A table of what differs and what does not goes to the folder given by
---out; the log of each way to a folder of its own in it.
+Training is truncated backpropagation through time, as in Chainer's example for the Penn Treebank. It has its own
+updater, which AccumulatingUpdater cannot replace, so the optimizer is wrapped instead. The text is the documentation
+that comes with Python. The program writes a table that compares the two, and a folder for each with its log.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tracemalloc
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import chainer_accum  # before chainer, which it makes importable on current Python and NumPy
 import chainer
@@ -27,6 +25,9 @@ from chainer.iterators import SerialIterator
 from chainer.training import Trainer, extensions
 from chainer.training.updaters import StandardUpdater
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for what the examples share
+from comparison import largest_difference, make_parser, measure_peak_mib, positive, show_table
+
 SEED = 0
 TRAINING_SHARE = 0.95
 N_UNITS = 128
@@ -36,7 +37,7 @@ State = Tuple[Optional[chainer.Variable], Optional[chainer.Variable]]
 
 
 class CharacterLSTM(chainer.Chain):
-    """A recurrent network that reads a character of each stream and scores what may come next."""
+    """A recurrent network that reads a character of each stream and scores the next one."""
 
     def __init__(self, n_characters: int) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class CharacterLSTM(chainer.Chain):
 
     @property
     def state(self) -> State:
-        """What the network remembers of the streams: the cell and the output of the LSTM, or twice ``None``."""
+        """The state after the characters read so far: cell and output of the LSTM, both ``None`` at the start."""
         return self.lstm.c, self.lstm.h
 
     @state.setter
@@ -65,12 +66,12 @@ class CharacterLSTM(chainer.Chain):
 class BPTTUpdater(StandardUpdater):
     """Truncated backpropagation through time, for streams in groups.
 
-    An update is ``bprop_len`` steps of all streams. Each group has a forward/backward pass of its own, for which the
-    network gets back what it remembers of just these streams, and ends with a call of ``optimizer.update()``. With
-    one group, this is the updater of Chainer's example. With more, the optimizer has to be an accumulating one.
+    An update reads ``bprop_len`` steps of all streams. Each group has its own forward/backward pass, which starts from
+    the state of its streams and ends with a call of ``optimizer.update()``. With one group, this is the updater of
+    Chainer's example. With several, the optimizer must be an accumulating one.
 
     Args:
-        iterator: Iterator that gives a step of all streams at a time: pairs of a character and the one to predict.
+        iterator: Iterator whose batches are one step of all streams: pairs of a character and the one to predict.
         optimizer: Optimizer that has been set up with a classifier around a :class:`CharacterLSTM`.
         bprop_len (int): Number of steps between updates.
         n_groups (int): Number of groups. The number of streams must be a multiple of it.
@@ -93,7 +94,7 @@ class BPTTUpdater(StandardUpdater):
             model.predictor.state = state
             losses.append(self._update_with([step[streams] for step in steps]))
             self._states[group] = model.predictor.state
-        # In place of what the model reported of its last step only.
+        # Replaces what the model reported, which is the loss of the last step alone.
         chainer.report({"loss": sum(losses) / len(losses) / self._bprop_len}, model)
 
     def _update_with(self, steps: Any) -> Any:
@@ -104,12 +105,12 @@ class BPTTUpdater(StandardUpdater):
             loss += optimizer.target(*self.converter(step, self.input_device))
         optimizer.target.cleargrads()
         loss.backward()
-        loss.unchain_backward()  # what the network remembers stays, how it came to it does not
+        loss.unchain_backward()  # keeps the state, and drops the graph that led to it
         optimizer.update()
         return loss.array
 
 
-# The two ways. All that differs is the line that wraps the optimizer, and the number of groups.
+# The two ways. They differ only in the line that wraps the optimizer and in the number of groups.
 
 
 def full_batch(text: Text, args: argparse.Namespace) -> BPTTUpdater:
@@ -126,19 +127,19 @@ def accumulated(text: Text, args: argparse.Namespace) -> BPTTUpdater:
 
 
 class Text(NamedTuple):
-    """A text as numbers, in two parts."""
+    """The characters for training and for validation, as numbers."""
 
-    n_characters: int  # different ones
+    n_characters: int  # number of different characters
     training: numpy.ndarray
     validation: numpy.ndarray
 
 
 class Result(NamedTuple):
-    """What one way of training led to."""
+    """The outcome of one way of training."""
 
     title: str
     model: chainer.Chain
-    log: List[Dict[str, float]]  # of LogReport
+    log: List[Dict[str, float]]  # the log of LogReport
     seconds: float
     peak_mib: float
 
@@ -152,41 +153,32 @@ def main() -> None:
         train_one_way(full_batch, f"(a) all {args.batch_size} at once", text, args),
         train_one_way(accumulated, f"(b) create_accumulating_optimizer, {args.groups} groups of {size}", text, args),
     ]
-    table = make_table(results)
-    print(table)
-    (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    show_table([make_row(result, results[0]) for result in results], args.out)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Trains a language model with and without gradient accumulation and compares.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--updates", type=int, default=50, help="number of updates")
-    parser.add_argument("--batch-size", type=int, default=128, help="streams per update (the effective batch)")
-    parser.add_argument("--groups", type=int, default=4, help="forward/backward passes per update in (b)")
-    parser.add_argument("--bprop-len", type=int, default=20, help="characters of each stream per update")
+    parser = make_parser("Trains a language model with and without gradient accumulation and compares.")
+    parser.add_argument("--updates", type=positive, default=50, help="number of updates")
+    parser.add_argument("--batch-size", type=positive, default=128, help="streams per update (the effective batch)")
+    parser.add_argument("--groups", type=positive, default=4, help="forward/backward passes per update in (b)")
+    parser.add_argument("--bprop-len", type=positive, default=20, help="characters of each stream per update")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
     parser.add_argument("--grad-clip", type=float, default=5, help="largest norm of the gradient")
-    parser.add_argument("--device", type=chainer.get_device, default="@numpy", help="device specifier, such as @cupy:0")
-    parser.add_argument("--out", type=Path, default="result", help="folder for the results")
     args = parser.parse_args()
-    if min(args.updates, args.batch_size, args.groups, args.bprop_len) < 1:
-        parser.error("--updates, --batch-size, --groups and --bprop-len must be 1 or more")
     if args.batch_size % args.groups:
         parser.error("--batch-size must be a multiple of --groups, for the groups to be of one size")
     return args
 
 
 def load_text() -> Text:
-    """Returns the documentation of Python. Its length depends on the version, and is near half a million."""
+    """Returns the documentation of Python: about half a million characters, depending on the version."""
     characters, text = numpy.unique(list("\n".join(topics[name] for name in sorted(topics))), return_inverse=True)
     training, validation = numpy.split(text.astype(numpy.int32), [int(TRAINING_SHARE * len(text))])
     return Text(len(characters), training, validation)
 
 
 def make_iterator(text: numpy.ndarray, n_streams: int, repeat: bool = True) -> SerialIterator:
-    """Returns an iterator that reads a text at ``n_streams`` places at once, one character of each at a time."""
+    """Returns an iterator that reads a text at ``n_streams`` places side by side, a character of each per batch."""
     length = (len(text) - 1) // n_streams
     inputs, targets = (
         text[start : start + n_streams * length].reshape(n_streams, length).T.ravel() for start in (0, 1)
@@ -195,11 +187,13 @@ def make_iterator(text: numpy.ndarray, n_streams: int, repeat: bool = True) -> S
 
 
 def make_updater(text: Text, optimizer: Any, n_groups: int, args: argparse.Namespace) -> BPTTUpdater:
-    """Returns an updater with a new model, whose initial parameters are always the same."""
+    """Returns an updater with a new model, which always has the same initial parameters."""
     numpy.random.seed(SEED)
     optimizer.setup(L.Classifier(CharacterLSTM(text.n_characters)))
     optimizer.target.compute_accuracy = False
-    optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(args.grad_clip))  # of the whole update
+    optimizer.add_hook(
+        chainer.optimizer_hooks.GradientClipping(args.grad_clip)
+    )  # clips the gradient of the whole update
     return BPTTUpdater(make_iterator(text.training, args.batch_size), optimizer, args.bprop_len, n_groups, args.device)
 
 
@@ -211,19 +205,19 @@ def train_one_way(way: Callable[..., BPTTUpdater], title: str, text: Text, args:
     extend(trainer, text, args)
     trainer.run()
     print()
-    peak_mib = measure_peak_mib(way(text, args), args.device)
+    peak_mib = measure_peak_mib(way(text, args).update, args.device)
     model = updater.get_optimizer("main").target
     return Result(title, model, trainer.get_extension("LogReport").log, trainer.elapsed_time, peak_mib)
 
 
 def extend(trainer: Trainer, text: Text, args: argparse.Namespace) -> None:
-    """Adds the usual extensions, which need to know nothing of accumulation."""
+    """Adds the usual extensions. None of them knows about accumulation."""
     reports = {args.updates * number // N_REPORTS for number in range(1, N_REPORTS + 1)}
 
     def is_due(trainer: Trainer) -> bool:
         return trainer.updater.iteration in reports
 
-    model = trainer.updater.get_optimizer("main").target.copy()  # shares the parameters, but remembers on its own
+    model = trainer.updater.get_optimizer("main").target.copy()  # shares the parameters, but has its own state
     evaluator = extensions.Evaluator(
         make_iterator(text.validation, args.batch_size, repeat=False),
         model,
@@ -239,56 +233,21 @@ def extend(trainer: Trainer, text: Text, args: argparse.Namespace) -> None:
 
 
 def add_perplexities(entry: Dict[str, float]) -> None:
-    """Adds to an entry of the log between how many characters the network is torn, so to speak."""
+    """Adds the perplexities to an entry of the log."""
     for prefix in ("", "validation/"):
         entry[f"{prefix}perplexity"] = float(numpy.exp(entry[f"{prefix}main/loss"]))
 
 
-def measure_peak_mib(updater: BPTTUpdater, device: Any) -> float:
-    """Returns the MiB that updates need at their peak, beside the parameters and the state of the optimizer."""
-    updater.update()  # allocates what stays
-    if device.xp is numpy:
-        tracemalloc.start()
-        updater.update()
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    else:
-        pool = chainer.backends.cuda.memory_pool
-        pool.free_all_blocks()
-        before = pool.total_bytes()
-        updater.update()
-        peak = pool.total_bytes() - before
-    return peak / 2**20
-
-
-def largest_difference(model: chainer.Chain, reference: chainer.Chain) -> float:
-    """Returns the largest absolute difference between two models' parameters."""
-    cpu = chainer.get_device("@numpy")
-    expected = {name: cpu.send(param.array) for name, param in reference.namedparams()}
-    return max(float(abs(cpu.send(param.array) - expected[name]).max()) for name, param in model.namedparams())
-
-
-def make_table(results: Sequence[Result]) -> str:
-    """Returns a Markdown table with one row per result."""
-    rows = [["streams", "parameters differ from (a) by", "perplexity", "validation perplexity", "peak memory", "time"]]
-    for result in results:
-        last = result.log[-1]
-        rows.append(
-            [
-                result.title,
-                f"{largest_difference(result.model, results[0].model):.2g}",
-                f"{last['perplexity']:.4f}",
-                f"{last['validation/perplexity']:.4f}",
-                f"{result.peak_mib:.1f} MiB",
-                f"{result.seconds:.1f} s",
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
-    lines = [
-        [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])] for row in rows
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def make_row(result: Result, reference: Result) -> Dict[str, str]:
+    last = result.log[-1]
+    return {
+        "streams": result.title,
+        "parameters differ from (a) by": f"{largest_difference(result.model, reference.model):.2g}",
+        "perplexity": f"{last['perplexity']:.4f}",
+        "validation perplexity": f"{last['validation/perplexity']:.4f}",
+        "peak memory": f"{result.peak_mib:.1f} MiB",
+        "time": f"{result.seconds:.1f} s",
+    }
 
 
 if __name__ == "__main__":

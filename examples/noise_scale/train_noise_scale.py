@@ -1,12 +1,12 @@
 """Trains one network on handwritten digits three ways that differ only in how many batches an update gathers.
 
 (a) a few: the effective batch is small,
-(b) as many as the noise scale [1] suggests, which GradientNoiseScale estimates: from as few as in (a) up to a limit,
+(b) as many as the noise scale [1] suggests, which GradientNoiseScale estimates: from as few as (a) up to a limit,
 (c) as many as that limit.
 
 The learning rate is the same for all. (b) should reach the target accuracy in fewer updates than (a), and with fewer
-examples than (c). A table and a plot say whether it does, as medians over several seeds. They go to the folder given by
---out; the log of each training to a folder of its own in it.
+examples than (c). The program writes a table and a plot that show whether it does, as medians over several seeds, and a
+folder for each training with its log.
 
 [1] McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, https://arxiv.org/abs/1812.06162
 """
@@ -15,42 +15,32 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import chainer_accum  # before chainer, which it makes importable on current Python and NumPy
 import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy
-from chainer.iterators import SerialIterator, ShuffleOrderSampler
+from chainer.datasets import TupleDataset
+from chainer.iterators import SerialIterator
 from chainer.training import Trainer, extensions
 from chainer_accum.extensions import Accumulate, GradientNoiseScale
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 
-TRAINING_SHARE = 0.8
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for what the examples share
+from comparison import make_iterator, make_parser, positive, show_table
+from handwritten_digits import load_split
+
 EVERY_UPDATE = 1, "iteration"
 
-Log = List[Dict[str, float]]  # of LogReport: one entry per update
-
-
-class DigitNet(chainer.Chain):
-    """A small perceptron for images of 8 x 8 pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with self.init_scope():
-            self.hidden1 = L.Linear(64, 64)
-            self.hidden2 = L.Linear(64, 64)
-            self.classes = L.Linear(64, 10)
-
-    def forward(self, images: Any) -> chainer.Variable:
-        return self.classes(F.tanh(self.hidden2(F.tanh(self.hidden1(images)))))
+Log = List[Dict[str, float]]  # the log of LogReport, one entry per update
 
 
 class Way(NamedTuple):
-    """A way to train: the number of accumulation steps at first, and the limit up to which it grows, if it does."""
+    """A way to train: the initial number of accumulation steps, and the limit if the number grows."""
 
     name: str
     title: str
@@ -68,55 +58,44 @@ def main() -> None:
         Way("large_batch", f"(c) {many} batches of {size}", many),
     ]
     logs = {way: [train(way, seed, args) for seed in range(args.seeds)] for way in ways}
-    table = make_table(logs, args.target)
-    print("\n" + table)
-    (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    print()
+    show_table([make_row(way, logs[way], args.target) for way in ways], args.out)
     plot_trainings(logs, args.target, args.out / "noise_scale.png")
     print(f"\nPlot: {args.out / 'noise_scale.png'}")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Trains on handwritten digits with effective batches that grow with the noise scale.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = make_parser("Trains on handwritten digits with effective batches that grow with the noise scale.")
+    parser.add_argument("--updates", type=positive, default=120, help="number of updates")
+    parser.add_argument("--batch-size", type=positive, default=8, help="examples per forward/backward pass")
+    parser.add_argument("--steps", type=positive, default=2, help="accumulation steps in (a), and in (b) at first")
+    parser.add_argument(
+        "--adapt-up-to", type=positive, default=16, help="most accumulation steps in (b), and those of (c)"
     )
-    parser.add_argument("--updates", type=int, default=120, help="number of updates")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples per forward/backward pass")
-    parser.add_argument("--steps", type=int, default=2, help="accumulation steps in (a), and in (b) at first")
-    parser.add_argument("--adapt-up-to", type=int, default=16, help="most accumulation steps in (b), and those of (c)")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
     parser.add_argument("--target", type=float, default=0.95, help="validation accuracy that is to be reached")
-    parser.add_argument("--seeds", type=int, default=5, help="how many; of initial parameters and order of examples")
-    parser.add_argument("--device", type=chainer.get_device, default="@numpy", help="device specifier, such as @cupy:0")
-    parser.add_argument("--out", type=Path, default="result", help="folder for the results")
+    parser.add_argument(
+        "--seeds", type=positive, default=5, help="how many; of initial parameters and order of examples"
+    )
     args = parser.parse_args()
-    if min(args.updates, args.batch_size, args.seeds) < 1:
-        parser.error("--updates, --batch-size and --seeds must be 1 or more")
     if not 2 <= args.steps <= args.adapt_up_to:
         parser.error("--steps must be 2 or more, to estimate from, and --adapt-up-to at least as many")
     return args
 
 
-def load_datasets() -> Tuple[Any, Any]:
-    """Returns the training and the validation dataset, always split in the same way."""
-    images, labels = load_digits(return_X_y=True)
-    dataset = chainer.datasets.TupleDataset((images / 16).astype(numpy.float32), labels.astype(numpy.int32))
-    return chainer.datasets.split_dataset_random(dataset, int(TRAINING_SHARE * len(dataset)), seed=0)
-
-
 def train(way: Way, seed: int, args: argparse.Namespace) -> Log:
-    """Trains a new model, the same for all ways, on examples in the same order."""
-    training, validation = load_datasets()
+    """Trains a new model. Initial parameters and the order of examples depend on the seed alone."""
+    training, validation = (TupleDataset(*part) for part in load_split())
     numpy.random.seed(seed)
-    optimizer = chainer.optimizers.MomentumSGD(lr=args.lr).setup(L.Classifier(DigitNet()))
-    order_sampler = ShuffleOrderSampler(numpy.random.RandomState(seed))
-    iterator = SerialIterator(training, args.batch_size, order_sampler=order_sampler)
+    network = chainer.Sequential(L.Linear(64, 64), F.tanh, L.Linear(64, 64), F.tanh, L.Linear(64, 10))
+    optimizer = chainer.optimizers.MomentumSGD(lr=args.lr).setup(L.Classifier(network))
+    iterator = make_iterator(training, args.batch_size, seed)
     updater = chainer_accum.AccumulatingUpdater(iterator, optimizer, device=args.device, accumulation_steps=way.steps)
     trainer = Trainer(updater, (args.updates, "iteration"), out=str(args.out / f"{way.name}_{seed}"))
-    trainer.extend(Accumulate())  # first, to report the steps of this update, not those of the next
-    # The training is short, so it is looked at more often than by default, and the mean forgets faster.
+    trainer.extend(Accumulate())  # before GradientNoiseScale, which sets the steps of the next update
+    # The training is short, so the estimates are more frequent than by default, and their mean adapts faster.
     trainer.extend(GradientNoiseScale(interval=4, smoothing=0.9, adapt_up_to=way.adapt_up_to))
-    # One batch: Evaluator takes the mean over batches, in which a smaller last one would count as much as the others.
+    # A single batch: Evaluator averages over batches, and a smaller last batch would count as much as the others.
     whole = SerialIterator(validation, len(validation), repeat=False, shuffle=False)
     trainer.extend(extensions.Evaluator(whole, optimizer.target, device=args.device), trigger=EVERY_UPDATE)
     trainer.extend(extensions.LogReport(trigger=EVERY_UPDATE))
@@ -128,40 +107,29 @@ def train(way: Way, seed: int, args: argparse.Namespace) -> Log:
 
 
 def updates_until(target: float, log: Log) -> Optional[int]:
-    """Returns the number of the first update after which the validation accuracy is that of the target, if any is."""
+    """Returns the first update after which the validation accuracy reaches the target, or ``None``."""
     return next((entry["iteration"] for entry in log if entry["validation/main/accuracy"] >= target), None)
 
 
 def examples_until(target: float, log: Log) -> Optional[int]:
-    """Returns how many examples the updates until then had."""
+    """Returns the number of examples up to that update, or ``None``."""
     updates = updates_until(target, log)
     return None if updates is None else sum(entry["effective_batch_size"] for entry in log[:updates])
 
 
-def make_table(logs: Dict[Way, List[Log]], target: float) -> str:
-    """Returns a Markdown table with one row per way."""
-    rows = [["way", f"updates until {target:.0%}", "examples until then", "final accuracy", "final steps"]]
-    for way, of_way in logs.items():
-        finals = [log[-1] for log in of_way]
-        rows.append(
-            [
-                way.title,
-                spread([updates_until(target, log) for log in of_way], "{:.0f}"),
-                spread([examples_until(target, log) for log in of_way], "{:.0f}"),
-                spread([final["validation/main/accuracy"] for final in finals], "{:.2%}"),
-                spread([final["accumulation_steps"] for final in finals], "{:.0f}"),
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
-    lines = [
-        [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])] for row in rows
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def make_row(way: Way, logs: Sequence[Log], target: float) -> Dict[str, str]:
+    finals = [log[-1] for log in logs]
+    return {
+        "way": way.title,
+        f"updates until {target:.0%}": spread([updates_until(target, log) for log in logs], "{:.0f}"),
+        "examples until then": spread([examples_until(target, log) for log in logs], "{:.0f}"),
+        "final accuracy": spread([final["validation/main/accuracy"] for final in finals], "{:.2%}"),
+        "final steps": spread([final["accumulation_steps"] for final in finals], "{:.0f}"),
+    }
 
 
 def spread(values: Sequence[Optional[float]], style: str) -> str:
-    """Returns the median, and the lowest and the highest value; ``None``, or "more", is above all others."""
+    """Returns the median with the lowest and the highest value. ``None`` exceeds all others, and is shown as "more"."""
     numbers = [float("inf") if value is None else value for value in values]
     three = [statistics.median_low(numbers), min(numbers), max(numbers)]
     median, low, high = ["more" if number == float("inf") else style.format(number) for number in three]
@@ -169,7 +137,7 @@ def spread(values: Sequence[Optional[float]], style: str) -> str:
 
 
 def plot_trainings(logs: Dict[Way, List[Log]], target: float, path: Path) -> None:
-    """Draws accuracy, noise scale and steps over updates: the median over seeds, and from the lowest to the highest."""
+    """Draws accuracy, noise scale and steps over updates: the median over seeds, and the range."""
     figure = Figure(figsize=(8, 9), constrained_layout=True)
     accuracies, noise_scales, steps = figure.subplots(3, sharex=True, gridspec_kw={"height_ratios": [1.8, 1.4, 1]})
     for (way, of_way), colour in zip(logs.items(), ("#3182bd", "#e6550d", "#636363")):
@@ -200,7 +168,7 @@ def plot_trainings(logs: Dict[Way, List[Log]], target: float, path: Path) -> Non
 
 
 def collect(logs: Sequence[Log], key: str) -> Tuple[List[float], numpy.ndarray]:
-    """Returns the updates for which all logs have a value, and these values, one row per log."""
+    """Returns the updates for which all logs have a value, and the values, one row per log."""
     by_update = [{entry["iteration"]: entry[key] for entry in log if key in entry} for log in logs]
     updates = sorted(set.intersection(*map(set, by_update)))
     return updates, numpy.array([[values[update] for update in updates] for values in by_update])

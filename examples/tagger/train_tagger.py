@@ -1,14 +1,14 @@
 """Trains one tagger of variable-length sequences four ways, three of which should end in the same parameters.
 
 (a) with StandardUpdater and the whole batch at once,
-(b) with AccumulatingUpdater, which gathers as many batches of the iterator as make that batch,
+(b) with AccumulatingUpdater, which gathers smaller batches of the iterator until they make up that batch,
 (c) with AccumulatingUpdater, which splits that batch,
-(d) as (b), but without weight_func, so with micro-batches weighted by sequences and not by tokens.
+(d) like (b), but without weight_func, so that micro-batches are weighted by sequences and not by tokens.
 
-The sequences are lines of the standard library, cut into tokens; the tags are the kinds of token. Rare tokens are all
-the same to the network, which has to tell a rare name from a rare string or number by what comes before. The loss is
-the mean over all tokens of the batch, and some lines have many times the tokens of others. A table of what differs and
-what does not goes to the folder given by --out; the log of each way to a folder of its own in it.
+The sequences are lines of the standard library, cut into tokens; the tags are the kinds of token. The network sees all
+rare tokens as the same word, and tells rare names, strings and numbers apart by what comes before. The loss is the mean
+over all tokens of the batch, and some lines have many more tokens than others. The program writes a table that compares
+the four, and a folder for each with its log.
 """
 
 from __future__ import annotations
@@ -29,21 +29,24 @@ import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy
-from chainer.iterators import SerialIterator, ShuffleOrderSampler
+from chainer.iterators import SerialIterator
 from chainer.training import Trainer, extensions
 from chainer.training.updaters import StandardUpdater
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for what the examples share
+from comparison import largest_difference, make_iterator, make_parser, positive, show_table
 
 SEED = 0
 TRAINING_SHARE = 0.8
 MODULES = ("argparse", "calendar", "configparser", "csv", "difflib", "heapq", "shlex", "string", "textwrap")
-LAYOUT = (tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)  # tokens without text of their own
-N_WORDS = 200  # of which the first stands for all that are rare
+LAYOUT = (tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)  # tokens without text
+N_WORDS = 200  # size of the vocabulary; word 0 stands for all rare words
 N_UNITS = 64
 
 Example = Tuple[numpy.ndarray, numpy.ndarray]  # words and tags of a line
 
 
-# The four ways. All that differs is the updater and, in (b) and (d), the size of the iterator's batches.
+# The four ways. They differ only in the updater and, for (b) and (d), in the size of the iterator's batches.
 
 
 def full_batch(train: Any, optimizer: Any, args: argparse.Namespace) -> StandardUpdater:
@@ -77,7 +80,7 @@ def split(train: Any, optimizer: Any, args: argparse.Namespace) -> StandardUpdat
 
 
 def gathered_by_sequences(train: Any, optimizer: Any, args: argparse.Namespace) -> StandardUpdater:
-    """(d) As (b), but a token in a micro-batch of short lines counts for more than one among long lines."""
+    """(d) Like (b), but a token in a micro-batch of short lines counts for more than one among long lines."""
     return chainer_accum.AccumulatingUpdater(
         make_iterator(train, args.micro_batch_size),
         optimizer,
@@ -88,18 +91,18 @@ def gathered_by_sequences(train: Any, optimizer: Any, args: argparse.Namespace) 
 
 
 def count_tokens(examples: Sequence[Example]) -> int:
-    """Returns what the loss of a micro-batch is divided by."""
+    """Returns the number of tokens, by which the loss of a micro-batch is divided."""
     return sum(len(tags) for _, tags in examples)
 
 
 @chainer.dataset.converter()
 def convert(examples: Sequence[Example], device: Any) -> Tuple[List[Any], List[Any]]:
-    """Returns the words and the tags of each line, as lists, since no two lines need have the same length."""
+    """Returns a list of words and a list of tags, with one array per line, because lines differ in length."""
     return [device.send(words) for words, _ in examples], [device.send(tags) for _, tags in examples]
 
 
 class Tagger(chainer.Chain):
-    """A recurrent network that reads a line and tags each of its tokens as it goes."""
+    """A recurrent network that reads a line from left to right and tags each token."""
 
     def __init__(self, n_tags: int) -> None:
         super().__init__()
@@ -109,7 +112,7 @@ class Tagger(chainer.Chain):
             self.scores = L.Linear(N_UNITS, n_tags)
 
     def forward(self, words: Sequence[Any], tags: Sequence[Any]) -> chainer.Variable:
-        """Returns the mean over all tokens of all lines."""
+        """Returns the mean loss over all tokens of all lines."""
         _, _, hidden = self.lstm(None, None, [self.embed(line) for line in words])
         scores, all_tags = self.scores(F.concat(hidden, axis=0)), F.concat(tags, axis=0)
         loss = F.softmax_cross_entropy(scores, all_tags)
@@ -118,20 +121,20 @@ class Tagger(chainer.Chain):
 
 
 class Corpus(NamedTuple):
-    """Lines with tags, in two parts."""
+    """The tagged lines for training and for validation."""
 
-    n_tags: int  # different ones
+    n_tags: int  # number of different tags
     training: Sequence[Example]
     validation: Sequence[Example]
 
 
 class Result(NamedTuple):
-    """What one way of training led to."""
+    """The outcome of one way of training."""
 
     title: str
     first: chainer.Chain  # the model after the first update
     model: chainer.Chain
-    log: List[Dict[str, float]]  # of LogReport: one entry per epoch
+    log: List[Dict[str, float]]  # the log of LogReport, one entry per epoch
 
 
 def main() -> None:
@@ -145,26 +148,17 @@ def main() -> None:
         train_one_way(split, f"(c) AccumulatingUpdater, micro_batch_size={args.micro_batch_size}", corpus, args),
         train_one_way(gathered_by_sequences, "(d) as (b), without weight_func", corpus, args),
     ]
-    table = make_table(results)
-    print(table)
-    (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    show_table([make_row(result, results[0]) for result in results], args.out)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Trains a tagger with and without gradient accumulation and compares.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--epoch", type=int, default=2, help="number of epochs")
+    parser = make_parser("Trains a tagger with and without gradient accumulation and compares.")
+    parser.add_argument("--epoch", type=positive, default=2, help="number of epochs")
     parser.add_argument("--lines", type=int, default=1500, help="number of lines, of training and validation together")
-    parser.add_argument("--batch-size", type=int, default=128, help="lines per update (the effective batch)")
-    parser.add_argument("--micro-batch-size", type=int, default=32, help="lines per forward/backward pass")
+    parser.add_argument("--batch-size", type=positive, default=128, help="lines per update (the effective batch)")
+    parser.add_argument("--micro-batch-size", type=positive, default=32, help="lines per forward/backward pass")
     parser.add_argument("--lr", type=float, default=1, help="learning rate")
-    parser.add_argument("--device", type=chainer.get_device, default="@numpy", help="device specifier, such as @cupy:0")
-    parser.add_argument("--out", type=Path, default="result", help="folder for the results")
     args = parser.parse_args()
-    if min(args.epoch, args.batch_size, args.micro_batch_size) < 1:
-        parser.error("--epoch, --batch-size and --micro-batch-size must be 1 or more")
     if args.lines < 2:
         parser.error("--lines must be 2 or more, one to train with and one to validate with")
     if args.batch_size % args.micro_batch_size:
@@ -202,20 +196,14 @@ def read_lines(source: str) -> List[List[Tuple[str, str]]]:
     return [line for line in lines if line]
 
 
-def make_iterator(train: Any, batch_size: int) -> SerialIterator:
-    """Returns an iterator that gives the examples in the same order whatever the batch size."""
-    order_sampler = ShuffleOrderSampler(numpy.random.RandomState(SEED))
-    return SerialIterator(train, batch_size, order_sampler=order_sampler)
-
-
 def make_optimizer(n_tags: int, lr: float) -> chainer.Optimizer:
-    """Returns an optimizer with a new model, whose initial parameters are always the same."""
+    """Returns an optimizer with a new model, which always has the same initial parameters."""
     numpy.random.seed(SEED)
     return chainer.optimizers.MomentumSGD(lr=lr).setup(Tagger(n_tags))
 
 
 def train_one_way(way: Callable[..., StandardUpdater], title: str, corpus: Corpus, args: argparse.Namespace) -> Result:
-    """Trains a new model with the updater that ``way`` makes, and another one for one update only."""
+    """Trains a new model with the updater that ``way`` makes, and a second one for a single update."""
     print(title)
     first, last = (make_optimizer(corpus.n_tags, args.lr) for _ in range(2))
     way(corpus.training, first, args).update()
@@ -227,9 +215,9 @@ def train_one_way(way: Callable[..., StandardUpdater], title: str, corpus: Corpu
 
 
 def extend(trainer: Trainer, validation: Any, device: Any) -> None:
-    """Adds the usual extensions, which need to know nothing of accumulation."""
+    """Adds the usual extensions. None of them knows about accumulation."""
     model = trainer.updater.get_optimizer("main").target
-    # One batch: Evaluator takes the mean over batches, in which one with few tokens would count as much as the others.
+    # A single batch: Evaluator averages over batches, and one with few tokens would count as much as the others.
     iterator = SerialIterator(validation, len(validation), repeat=False, shuffle=False)
     trainer.extend(extensions.Evaluator(iterator, model, converter=convert, device=device))
     trainer.extend(extensions.LogReport())
@@ -239,43 +227,16 @@ def extend(trainer: Trainer, validation: Any, device: Any) -> None:
         trainer.extend(extensions.ProgressBar(update_interval=1))
 
 
-def largest_difference(model: chainer.Chain, reference: chainer.Chain) -> float:
-    """Returns the largest absolute difference between two models' parameters."""
-    cpu = chainer.get_device("@numpy")
-    expected = {name: cpu.send(param.array) for name, param in reference.namedparams()}
-    return max(float(abs(cpu.send(param.array) - expected[name]).max()) for name, param in model.namedparams())
-
-
-def make_table(results: Sequence[Result]) -> str:
-    """Returns a Markdown table with one row per result."""
-    rows = [
-        [
-            "updater",
-            "differs from (a) after one update by",
-            "after training by",
-            "training loss per token",
-            "validation loss per token",
-            "validation accuracy",
-        ]
-    ]
-    for result in results:
-        last = result.log[-1]
-        rows.append(
-            [
-                result.title,
-                f"{largest_difference(result.first, results[0].first):.2g}",
-                f"{largest_difference(result.model, results[0].model):.2g}",
-                f"{last['main/loss']:.6f}",
-                f"{last['validation/main/loss']:.6f}",
-                f"{last['validation/main/accuracy']:.2%}",
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
-    lines = [
-        [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])] for row in rows
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def make_row(result: Result, reference: Result) -> Dict[str, str]:
+    last = result.log[-1]
+    return {
+        "updater": result.title,
+        "differs from (a) after one update by": f"{largest_difference(result.first, reference.first):.2g}",
+        "after training by": f"{largest_difference(result.model, reference.model):.2g}",
+        "training loss per token": f"{last['main/loss']:.6f}",
+        "validation loss per token": f"{last['validation/main/loss']:.6f}",
+        "validation accuracy": f"{last['validation/main/accuracy']:.2%}",
+    }
 
 
 if __name__ == "__main__":
