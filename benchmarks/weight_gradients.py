@@ -15,7 +15,7 @@ import chainer_accum  # noqa: F401  (before chainer, which it makes importable)
 import chainer
 import chainer.functions as F
 import numpy
-from chainer_accum.gradient_sums import GradientSums
+from chainer_accum.window.gradient_sums import GradientSums
 from pairs import keep_freed_memory, measure, ratios
 from workloads import describe_machine
 

@@ -35,14 +35,12 @@ nitpick_ignore_regex = [
     (r"py:(attr|meth)", r"[a-z_]+|chainer_accum\.AccumulatingUpdater\.[a-z_]+"),
 ]
 
-html_theme = "alabaster"
-html_theme_options = {
-    "description": chainer_accum.__doc__,
-    "page_width": "80rem",
-    "body_max_width": "none",
-    "sidebar_width": "16rem",
-    "show_powered_by": False,
-}
+highlight_language = "text"  # of blocks that name no language, such as output
+
+html_theme = "furo"
+html_title = "chainer_accum"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_show_copyright = False
 html_copy_source = False
 
