@@ -6,7 +6,7 @@
 # system is made. Nothing is installed in it but make, git, PYTHON and its venv module; above all, no compiler.
 #
 # Needs root and debootstrap. What is tried is the last commit of this checkout. The commands get the environment
-# variables PIP_*, *_proxy and those that name a file of certificates, and these files. MIRROR may name a mirror.
+# variables PIP_*, *_proxy and those that name a file of certificates, and these files. MIRROR may name a mirror of Debian.
 set -eu
 
 die() {
@@ -35,7 +35,7 @@ echo "try_on_debian: making $suite with $python in $root"
 script=/usr/share/debootstrap/scripts/$suite
 [ -e "$script" ] || script=/usr/share/debootstrap/scripts/sid # a release that is newer than this debootstrap
 debootstrap --variant=minbase --include="make,git,$python,$python-venv" "$suite" "$root" \
-    "${MIRROR:-http://deb.debian.org/debian}" "$script" >"$root.log" 2>&1 || die "debootstrap failed; see $root.log"
+    "${MIRROR:-$(sed -n 's/^DEF_MIRROR="\(.*\)"$/\1/p' "$(command -v debootstrap)")}" "$script" >"$root.log" 2>&1 || die "debootstrap failed; see $root.log"
 for compiler in cc gcc clang; do
     ! chroot "$root" sh -c "command -v $compiler" || die "$suite has a compiler, and should have none"
 done
