@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import chainer
 from chainer.training.updaters import StandardUpdater
@@ -36,6 +36,19 @@ from chainer_accum.window import (
     join_remaining_updates,
     join_update,
 )
+
+
+class Passes(NamedTuple):
+    """What the passes of a window led to.
+
+    Attributes:
+        observation (dict): What they reported, merged.
+        num_skipped_examples (int): Number of examples in skipped micro-batches.
+
+    """
+
+    observation: Dict[str, Reported]
+    num_skipped_examples: int
 
 
 class WindowUpdater(StandardUpdater):
@@ -154,9 +167,9 @@ class WindowUpdater(StandardUpdater):
             return 0
         self._size.begin_window(optimizer.target.device)
         with self._whole_window():
-            observation = self._run_passes(micro_batches)
+            passes = self._run_passes(micro_batches)
             with DeferredSignals():  # so that the counters agree with the step
-                self._finish_window(micro_batches, observation)
+                self._finish_window(micro_batches, passes)
         return micro_batches.num_epochs
 
     def _fetch(self, steps: int) -> MicroBatches:
@@ -184,8 +197,8 @@ class WindowUpdater(StandardUpdater):
         finally:
             self._window = None
 
-    def _run_passes(self, micro_batches: MicroBatches) -> Dict[str, Reported]:
-        """Runs all passes, restarting with smaller micro-batches if memory runs out, and returns what they reported."""
+    def _run_passes(self, micro_batches: MicroBatches) -> Passes:
+        """Runs all passes, and restarts with smaller micro-batches if memory runs out."""
         random_state = RandomState() if micro_batches.is_repeatable else None
         while True:
             self._window = self._begin_window(micro_batches)
@@ -213,9 +226,9 @@ class WindowUpdater(StandardUpdater):
             looks_for_links=not self._used_links.are_known,
         )
 
-    def _try_passes(self, window: Window, micro_batches: MicroBatches) -> Dict[str, Reported]:
-        """Runs all passes of a window, and returns what they reported."""
-        observations = Observations(self._rules)
+    def _try_passes(self, window: Window, micro_batches: MicroBatches) -> Passes:
+        """Runs all passes of a window."""
+        observations, num_skipped_examples = Observations(self._rules), 0
         with contextlib.closing(self._prepare(iter(micro_batches), self._convert)) as prepared:
             for micro_batch, get_arguments in prepared:
                 window.weights.expect(micro_batches.expected_weight)
@@ -226,11 +239,11 @@ class WindowUpdater(StandardUpdater):
                 if is_counted:
                     observations.add(observation, micro_batch.weight)
                 else:
-                    micro_batches.skip(micro_batch.examples)
+                    num_skipped_examples += count_examples(micro_batch.examples) or 0
                 del micro_batch, get_arguments, loss_func  # release the examples before the next are read
-        return observations.merged()
+        return Passes(observations.merged(), num_skipped_examples)
 
-    def _finish_window(self, micro_batches: MicroBatches, observation: Dict[str, Reported]) -> None:
+    def _finish_window(self, micro_batches: MicroBatches, passes: Passes) -> None:
         """Updates the parameters, and reports once what the passes and the update have reported."""
         window, of_update = self._window, Observations()
         assert window is not None
@@ -239,14 +252,14 @@ class WindowUpdater(StandardUpdater):
                 window.update()
         finally:
             if window.is_done:
-                num_counted = micro_batches.num_examples - micro_batches.num_skipped_examples
+                num_counted = micro_batches.num_examples - passes.num_skipped_examples
                 num_examples = num_counted if micro_batches.num_examples > 0 else None
                 self._largest_weight = max(self._largest_weight, micro_batches.largest_weight)
                 self._keep_books(micro_batches.num_batches, num_examples, micro_batches.num_epochs)
         if not self._used_links.are_known:
             self._used_links.record(self._links(), window.links)
         of_update.add(reported, 1.0)
-        chainer.report({**observation, **of_update.merged()})
+        chainer.report({**passes.observation, **of_update.merged()})
         device = self.get_optimizer("main").target.device
         self._size.end_window(device, micro_batches.shapes, micro_batches.num_examples, micro_batches.largest_batch)
 

@@ -19,8 +19,9 @@ from chainer.dataset import concat_examples
 
 from chainer_accum._arguments import call, check_callable
 from chainer_accum._devices import DeviceSpec
+from chainer_accum._window_updater import Passes
 from chainer_accum.batches import Arguments, MicroBatches, Steps, WeightFunc, retryable_memory_errors
-from chainer_accum.observations import Observations, Reported
+from chainer_accum.observations import Observations
 from chainer_accum.state import PassState, PersistentValues
 from chainer_accum.updater import AccumulatingUpdater
 from chainer_accum.window import (
@@ -146,7 +147,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
         # The gradients of the passes are parts of one gradient, so they are added and not averaged.
         return begin_window(self.get_optimizer("main"), WindowOptions("sum"), links=self._links(), undoes_passes=False)
 
-    def _try_passes(self, window: Window, micro_batches: MicroBatches) -> Dict[str, Reported]:
+    def _try_passes(self, window: Window, micro_batches: MicroBatches) -> Passes:
         of_encoder, of_loss = Observations(self._rules), Observations()
         parts = list(micro_batches)
         with retryable_memory_errors(parts[0].examples, window, micro_batches):
@@ -171,7 +172,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
                 window.add(representations.replay, index, functools.partial(self._encode, micro_batch.examples))
         representations.check_replay()
         after.restore()
-        return {**of_encoder.merged(), **of_loss.merged()}
+        return Passes({**of_encoder.merged(), **of_loss.merged()}, num_skipped_examples=0)
 
     def _encode(self, examples: Any) -> Any:
         encoder = self.encoder or self.get_optimizer("main").target

@@ -47,7 +47,6 @@ class MicroBatches:
         num_batches (int): Number of iterator batches read so far.
         num_epochs (int): Number of epochs that ended with them.
         num_examples (int): Number of examples read so far, in batches that are lists.
-        num_skipped_examples (int): Number of examples in skipped micro-batches.
         largest_batch (int): Number of examples in the largest iterator batch so far.
         shapes: Shapes of the arrays in the first example.
         regular_weight (float): The total weight of the window if every iterator batch weighs as much as the first, or
@@ -83,7 +82,6 @@ class MicroBatches:
         self.num_batches = 0
         self.num_epochs = 0
         self.num_examples = 0
-        self.num_skipped_examples = 0
         self.largest_batch = 0
         self._read()
         self.regular_weight: Optional[float] = accumulation_steps * self._weight or None
@@ -113,11 +111,6 @@ class MicroBatches:
         """Restarts the iteration from the first iterator batch, split to a different size."""
         self._micro_batch_size = micro_batch_size
         self._parts = [self._split(batch) for batch in self._batches]
-        self.num_skipped_examples = 0
-
-    def skip(self, examples: Any) -> None:
-        """Records that the examples of a micro-batch do not count."""
-        self.num_skipped_examples += count_examples(examples) or 0
 
     def _read(self) -> None:
         batch = self._iterator.next()
