@@ -13,7 +13,7 @@ READY = $(VENV)/made-with-$(or $(subst /,-,$(PYTHON)),default)
 .PHONY: demo test quick check lint format types docs coverage reliability oldest newest test-mpi mpi-jobs test-clients
 .PHONY: clients test-chainer test-gpu bench bench-mpi bench-gpu on-gpu peers communication.md ready clean
 
-# One thread, as in the tests: with more, the demo takes several times as long on a busy machine.
+# One thread, as in the tests: with more, the demo takes more than twice as long on a busy machine.
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python examples/digits/train_digits.py --out result
 
