@@ -158,9 +158,9 @@ def estimate(norms: GradientNorms) -> Tuple[float, float]:
 
     """
     n = len(norms.weights)
-    with device_of(norms.of_window):
-        mean_norm = float(sum(norms.of_micro_batches)) / n
-    window_norm = float(norms.of_window)
+    with device_of(norms.window):
+        mean_norm = float(sum(norms.micro_batches)) / n
+    window_norm = float(norms.window)
     total = sum(norms.weights)
     noise = (mean_norm - window_norm) / (sum(1 / weight for weight in norms.weights) / n - 1 / total)
     return noise, window_norm - noise / total

@@ -18,8 +18,8 @@ class GradientNorms:
 
     Attributes:
         weights (list): Weight of each micro-batch, such as its number of examples.
-        of_micro_batches (list): The squared norm of the gradient of each micro-batch.
-        of_window: The squared norm of the gradient of the window, before the hooks of the optimizer.
+        micro_batches (list): The squared norm of the gradient of each micro-batch.
+        window: The squared norm of the gradient of the window, before the hooks of the optimizer.
 
     """
 
@@ -29,17 +29,17 @@ class GradientNorms:
     def clear(self) -> None:
         """Removes all norms."""
         self.weights: List[float] = []
-        self.of_micro_batches: List[Array] = []
-        self.of_window: Array = None
+        self.micro_batches: List[Array] = []
+        self.window: Array = None
 
     def add(self, grads: Iterable[Array], scale: float, weight: float) -> None:
         """Adds a micro-batch whose gradient, times ``scale``, has the parts ``grads``."""
         self.weights.append(weight)
-        self.of_micro_batches.append(_squared_norm(grads, scale))
+        self.micro_batches.append(_squared_norm(grads, scale))
 
     def set_window(self, grads: Iterable[Array], scale: float) -> None:
         """Sets the norm of the window, whose gradient, times ``scale``, has the parts ``grads``."""
-        self.of_window = _squared_norm(grads, scale)
+        self.window = _squared_norm(grads, scale)
 
 
 def _squared_norm(arrays: Iterable[Array], scale: float) -> Array:

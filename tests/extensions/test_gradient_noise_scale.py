@@ -133,7 +133,7 @@ def test_an_update_without_accumulation_leaves_no_norms_of_the_one_before():
     )
     updater.gradient_norm_interval = 1
     run(updater, 1)
-    assert len(updater.gradient_norms.of_micro_batches) == 2
+    assert len(updater.gradient_norms.micro_batches) == 2
     updater.accumulation_steps = 1
     run(updater, 1)
     assert updater.gradient_norms is None
@@ -179,7 +179,7 @@ def test_what_is_skipped_or_run_again_is_not_part_of_it():
     with pytest.warns(RuntimeWarning, match="memory ran out"), numpy.errstate(invalid="ignore"):
         run(updater, 1)
     assert updater.gradient_norms.weights == [5.0, 5.0, 5.0]
-    assert [bool(numpy.isfinite(norm)) for norm in updater.gradient_norms.of_micro_batches] == [True] * 3
+    assert [bool(numpy.isfinite(norm)) for norm in updater.gradient_norms.micro_batches] == [True] * 3
 
 
 def test_the_accumulation_steps_grow_up_to_a_limit_and_never_shrink(tmp_path):
@@ -194,7 +194,7 @@ def test_the_accumulation_steps_grow_up_to_a_limit_and_never_shrink(tmp_path):
 def test_a_noise_that_is_estimated_below_zero_is_none(tmp_path):
     trainer, _, _ = train(1, out=tmp_path)
     trainer.updater.gradient_norms = norms = GradientNorms()
-    norms.weights, norms.of_micro_batches, norms.of_window = [1.0, 1.0], [1.0, 1.0], 1.5
+    norms.weights, norms.micro_batches, norms.window = [1.0, 1.0], [1.0, 1.0], 1.5
     assert estimate(norms) == (-1.0, 2.0)
     extension = GradientNoiseScale(1)
     observation = {}
@@ -216,7 +216,7 @@ def test_the_accumulation_steps_double_at_most_for_the_first_estimates_are_noisy
     extension = GradientNoiseScale(1, 0.9, 64)
     trainer, _, _ = train(1, steps=2, out=tmp_path)
     trainer.updater.gradient_norms = norms = GradientNorms()
-    norms.weights, norms.of_micro_batches, norms.of_window = [1.0, 1.0], [1000.0, 1000.0], 501.0  # a noise scale of 499
+    norms.weights, norms.micro_batches, norms.window = [1.0, 1.0], [1000.0, 1000.0], 501.0  # a noise scale of 499
     steps = []
     for _ in range(6):
         with chainer.Reporter().scope({}):
@@ -327,8 +327,8 @@ class WindowOf:
         norms.weights = [10.0] * (steps - 1) + [last_batch / 2] * 2
         # With |G|² = 1 and S = noise_scale, micro-batches and the window have these norms on average.
         average = sum(1 / weight for weight in norms.weights) / len(norms.weights)
-        norms.of_micro_batches = [1 + noise_scale * average] * len(norms.weights)
-        norms.of_window = 1 + noise_scale / sum(norms.weights)
+        norms.micro_batches = [1 + noise_scale * average] * len(norms.weights)
+        norms.window = 1 + noise_scale / sum(norms.weights)
 
 
 def steps_after(extension, *windows):

@@ -114,7 +114,7 @@ def test_measuring_the_norms_of_gradients_waits_for_nothing():
     run(updater, 1)
     with no_waiting():
         run(updater, 1)
-    assert len(updater.gradient_norms.of_micro_batches) == 3
+    assert len(updater.gradient_norms.micro_batches) == 3
 
 
 @pytest.mark.parametrize("by_gradients", [False, True])

@@ -603,7 +603,7 @@ def test_each_rank_measures_the_norms_of_its_own_gradients(loss_reduction, make_
         for part in split(examples, 4, 3):
             window.add(optimizer.target, *chainer.dataset.concat_examples(part), weight=len(part))
         window.update()
-        return [float(norm) for norm in (*window_norms.of_micro_batches, window_norms.of_window)]
+        return [float(norm) for norm in (*window_norms.micro_batches, window_norms.window)]
 
     def program(communicator):
         optimizer = make_multi_node(optimizers.SGD(0), communicator).setup(make_its_model(communicator.rank))
