@@ -66,10 +66,12 @@ test-mpi:
 	$(MAKE) mpi-jobs VENV=.venvs/mpi-oldest REQUIREMENTS="mpich mpi4py~=3.1" \
 		PYTHON="$$(tools/pythons.sh | head -n 1)" CONSTRAINTS=oldest-constraints.txt
 
+# A folder for each rank: pytest's own folder for temporary files is not for several at a time.
 mpi-jobs: $(READY)
+	mkdir -p $(VENV)/tmp
 	for ranks in 2 4; do \
-		MPIEXEC_TIMEOUT=300 OMP_NUM_THREADS=1 $(VENV)/bin/mpiexec -n $$ranks \
-			$(RUN) pytest -p no:cacheprovider --capture=sys tests/mpi || exit; \
+		MPIEXEC_TIMEOUT=300 OMP_NUM_THREADS=1 $(VENV)/bin/mpiexec -n $$ranks sh -c \
+			'exec $(RUN) pytest --basetemp=$(VENV)/tmp/$$$$ -p no:cacheprovider --capture=sys tests/mpi' || exit; \
 	done
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/examples/test_example_chainermn.py
 

@@ -34,8 +34,10 @@ cd "$(dirname "$0")/.."
 echo "try_on_debian: making $suite with $python in $root"
 script=/usr/share/debootstrap/scripts/$suite
 [ -e "$script" ] || script=/usr/share/debootstrap/scripts/sid # a release that is newer than this debootstrap
-debootstrap --variant=minbase --include="make,git,$python,$python-venv" "$suite" "$root" \
-    "${MIRROR:-$(sed -n 's/^DEF_MIRROR="\(.*\)"$/\1/p' "$(command -v debootstrap)")}" "$script" >"$root.log" 2>&1 || die "debootstrap failed; see $root.log"
+# A script can be named only after a mirror.
+mirror=${MIRROR:-$(sed -n 's/^DEF_MIRROR="\(.*\)"$/\1/p' "$(command -v debootstrap)")}
+debootstrap --variant=minbase --include="make,git,$python,$python-venv" "$suite" "$root" "$mirror" "$script" \
+    >"$root.log" 2>&1 || die "debootstrap failed; see $root.log"
 for compiler in cc gcc clang; do
     ! chroot "$root" sh -c "command -v $compiler" || die "$suite has a compiler, and should have none"
 done
