@@ -109,7 +109,7 @@ def test_segnet_trains_with_batch_normalization_of_micro_batches():
         make_scenes(),
         micro_batch_size=4,
         weight_func=labelled_pixels,
-        batch_statistics="window",
+        running_statistics="update",
     )
     steps = run(updater, 10)
     assert steps[-1].observation["main/loss"].array < steps[0].observation["main/loss"].array
