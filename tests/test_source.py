@@ -40,6 +40,7 @@ ON_THE_HOST: Dict[str, Tuple[str, str]] = {
     "window/weight_gradients.py": ("sums of what only the host has a shortcut for", "zeros"),
     "window/gradient_sums.py": ("names are text", "frombuffer uint8"),
     "state/random_state.py": ("the state of NumPy's generator is saved", "random array uint8 uint32 frombuffer"),
+    "state/persistent_values.py": ("only NumPy's arrays are recorded", "array"),
     "state/recorded_arrays.py": ("only NumPy's arrays are recorded", "array may_share_memory empty"),
     "state/remembered.py": ("generators are told by type; iterators serialize to the host", "random array"),
     "state/snapshots.py": ("a file is read to the host; an array is made only to ask for names", "load empty"),

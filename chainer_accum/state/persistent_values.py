@@ -109,12 +109,15 @@ class PersistentValues:
         for name in attributes.persistent:
             array: Array = attributes.contents.get(name)
             recording = array.recording if isinstance(array, RecordedArray) else None
-            if recording is not None or can_be_recorded(array):
+            whole = None if recording is None else recording.array
+            if whole is not None and (array.shape, array.strides) != (whole.shape, whole.strides):
+                self._copies.append((array, numpy.array(array)))  # a part of an array that an outer context records
+            elif whole is not None or can_be_recorded(array):
                 attributes.contents[name] = _ELSEWHERE
-                value = _LargeValue(link, name, array if recording is None else recording.array)
+                value = _LargeValue(link, name, array if whole is None else whole)
                 self._large.append(value)
                 if self._touches is not None:
-                    del array, recording  # value.follow() counts references
+                    del array, recording, whole  # value.follow() counts references
                     value.follow()
             else:
                 self._add_array(array)
