@@ -22,7 +22,7 @@ from chainer_accum._devices import DeviceSpec
 from chainer_accum._window_updater import Passes
 from chainer_accum.batches import Arguments, MicroBatches, Steps, WeightFunc, retryable_memory_errors
 from chainer_accum.observations import Observations
-from chainer_accum.state import PassState, PersistentValues
+from chainer_accum.state import PersistentValues, RandomState, devices_of
 from chainer_accum.updater import AccumulatingUpdater
 from chainer_accum.window import (
     Representations,
@@ -152,7 +152,9 @@ class CachedGradientUpdater(AccumulatingUpdater):
         parts = list(micro_batches)
         with retryable_memory_errors(parts[0].examples, window, micro_batches):
             self._initialize_parameters(parts[0].examples)
-        before = PassState(self._links())
+        # Other state is not replayed: if it matters, the encoder does not process each micro-batch independently.
+        before = PersistentValues(self._links(), has_state=False)
+        before.add(RandomState(devices_of(self._links())))
         encoded = []
         for micro_batch in parts:
             with retryable_memory_errors(micro_batch.examples, window, micro_batches):

@@ -16,7 +16,7 @@ from chainer.utils.type_check import InvalidType
 from chainer_accum._devices import Array, DeviceSpec
 from chainer_accum.batches import WeightFunc
 from chainer_accum.observations import reporting_to
-from chainer_accum.state import RandomState, Remembered, devices_of, links_behind
+from chainer_accum.state import RandomState, TrainingState, devices_of, links_behind
 from chainer_accum.updater import AccumulatingUpdater
 
 Gradient = Dict[str, numpy.ndarray]  # by name of the parameter, in host memory
@@ -57,12 +57,12 @@ class Trials:
         self._trained = _names_of_trained(settings.target)
         links = links_behind(settings.target, settings.loss_func)
         self._random = RandomState(devices_of(links))
-        self._remembered = Remembered()
+        self._state = TrainingState()
         # No pass updates the model. So its update rules are left out, and their state, which is large, is not copied.
         self._rules = [(param, param.update_rule) for param in settings.target.params()]
         with self._without_rules():
             for link in links:
-                self._remembered.add(link)
+                self._state.add(link)
         self._born: List[Callable[[], None]] = []
 
     @property
@@ -80,23 +80,23 @@ class Trials:
         """Context manager for trial steps that afterwards restores the model and other links that they used."""
         try:
             # Micro-batches of one example, or without a valid label, cause warnings that training may never cause.
-            with warnings.catch_warnings(), reporting_to({}), self._without_rules(), self._remembered.following():
+            with warnings.catch_warnings(), reporting_to({}), self._without_rules():
                 warnings.simplefilter("ignore")
                 yield
         finally:
             with self._without_rules():
-                self._remembered.restore()
+                self._state.restore()
             self._random.restore()
 
     def initialize(self) -> None:
         """Takes a first step to observe the model, and keeps the values with which it initializes lazy parameters."""
         with self._witness:
             self._run([self.batch], micro_batch_size=len(self.batch))  # in a window, because that checks the loss
-        links = self._remembered.links
+        links = self._state.links
         arrays = [(param, param.array) for link in links for param in link.params(include_uninit=False)]
         # Persistent values, such as running averages. Chainer has no public way to list their names.
         values = [(link, name, getattr(link, name)) for link in links for name in link._persistent]
-        self._remembered.restore()
+        self._state.restore()
         for param, array in arrays:
             if param.array is None:
                 self._born.append(functools.partial(_give, param, "array", array))
@@ -156,18 +156,19 @@ class Trials:
             loss_reduction=settings.loss_reduction,
             **kwargs,
         )
-        with chainer.using_config("dtype", numpy.float32 if self._is_wide else chainer.config.dtype):
+        dtype = numpy.float32 if self._is_wide else chainer.config.dtype
+        with chainer.using_config("dtype", dtype), self._state.following():
             updater.update()
         host = chainer.get_device("@numpy")
         params = settings.target.namedparams(include_uninit=False)
         return {name: numpy.array(host.send(param.grad)) for name, param in params if name in self._trained}
 
     def _go_to_start(self) -> None:
-        self._remembered.restore()
+        self._state.restore()
         for give in self._born:
             give()
         if self._is_wide:
-            for link in self._remembered.links:
+            for link in self._state.links:
                 vars(link).update({name: _widen(value) for name, value in vars(link).items()})
 
     @contextlib.contextmanager

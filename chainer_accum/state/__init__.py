@@ -1,13 +1,11 @@
-"""Saving and restoring state: random generators, persistent values, links and iterators; and snapshots.
+"""Saving and restoring state: of passes, of a training, and of random generators; and snapshots.
 
 This subpackage knows what a forward pass may change, but not windows. It imports no other subpackage.
 """
 
 from chainer_accum.state.mixed_precision import serialize_mixed_precision
-from chainer_accum.state.pass_state import PassState
 from chainer_accum.state.persistent_values import PersistentValues
 from chainer_accum.state.random_state import RandomState, devices_of
-from chainer_accum.state.remembered import Remembered
 from chainer_accum.state.signals import DeferredSignals
 from chainer_accum.state.snapshots import load_snapshot
 from chainer_accum.state.touched_links import links_behind
@@ -16,10 +14,8 @@ from chainer_accum.state.used_links import UsedLinks
 
 __all__ = [
     "DeferredSignals",
-    "PassState",
     "PersistentValues",
     "RandomState",
-    "Remembered",
     "TrainingState",
     "UsedLinks",
     "devices_of",

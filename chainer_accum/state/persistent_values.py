@@ -5,19 +5,20 @@ A forward pass changes persistent values, and the changes of an abandoned pass m
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import chainer
 import numpy
 
-from chainer_accum._devices import Array, device_of
+from chainer_accum._devices import Array
+from chainer_accum.state.random_state import RandomState
 from chainer_accum.state.recorded_arrays import Journal, RecordedArray, Recording, can_be_recorded, is_alone
+from chainer_accum.state.stored import Stored
 from chainer_accum.state.touched_links import Touches
 
 
-class PersistentValues:
+class PersistentValues(Stored):
     """Stored persistent values and other state of links and all links below them.
 
     Other state means the variables and arrays to which attributes of a link refer, such as those of a recurrent layer.
@@ -34,109 +35,62 @@ class PersistentValues:
     """
 
     def __init__(self, links: Iterable[Optional[chainer.Link]], has_state: bool = True) -> None:
+        super().__init__()
         self._has_state = has_state
-        self._attributes: List[_Attributes] = []
-        self._copies: List[Tuple[Array, Array]] = []
         self._large: List[_LargeValue] = []
-        self._known: Dict[int, Union[chainer.Link, Array]] = {}  # links and arrays by id
-        self._touches: Optional[Touches] = None  # only inside following(), since it refers to this object
         for root in links:
             for link in () if root is None else root.links():
-                self._add_link(link)
-
-    @contextlib.contextmanager
-    def following(self, links: bool = True, functions: bool = True) -> Iterator[None]:
-        """Context manager for passes that stores the values of further links and running averages before they change.
-
-        Blocks of several objects may be nested. :meth:`restore` ends the block of its own object.
-
-        Args:
-            links (bool): Whether to watch the links that are called, which takes about two microseconds per call.
-            functions (bool): Whether to watch functions as well, which takes about two microseconds per call.
-                Otherwise, running averages go unnoticed if they belong to no known or called link.
-
-        """
-        try:
-            on_link, on_array = self._add_link if links else None, self._add_array if functions else None
-            self._touches = Touches(self._known, on_link, on_array)
-            self._touches.begin()
-            for value in self._large:
-                value.follow()
-            yield
-        finally:
-            try:
-                self._end_following()
-            except BaseException:  # interrupted
-                self._end_following()
-                raise
+                if id(link) not in self._known:
+                    self._store_link(link)
 
     @property
     def has_large_arrays(self) -> bool:
         """Whether there are arrays that can be restored only after passes inside :meth:`following`."""
         return bool(self._large)
 
-    @property
-    def links(self) -> List[chainer.Link]:
-        """The links known so far."""
-        return [known for known in self._known.values() if isinstance(known, chainer.Link)]
-
-    def restore(self) -> None:
-        """Restores all values, writing each array in place.
-
-        It can be called any number of times, also after an interrupted call.
-
-        """
-        self._end_following()
-        for array, copy in self._copies:
-            with device_of(array):
-                array[...] = copy
-        for attributes in self._attributes:
-            attributes.restore()
-        for value in self._large:
-            value.restore()
-
     def checkpoint(self) -> PersistentValues:
-        """Returns the current values of the same links, including those found later."""
+        """Returns the current state of everything that is stored, including what was found later."""
         checkpoint = PersistentValues((), self._has_state)
         for known in self._known.values():
-            (checkpoint._add_link if isinstance(known, chainer.Link) else checkpoint._add_array)(known)
+            checkpoint.add(known.checkpoint() if isinstance(known, RandomState) else known)
         return checkpoint
 
-    def _add_link(self, link: chainer.Link) -> None:
-        if id(link) in self._known:
-            return
+    def _store(self, value: object) -> None:
+        if isinstance(value, chainer.get_array_types()) and not isinstance(value, RecordedArray):
+            self._store_array(value)
+        elif isinstance(value, chainer.Link):
+            self._store_link(value)
+
+    def _store_link(self, link: chainer.Link) -> None:
         attributes = _Attributes(link, self._has_state)
         for name in attributes.persistent:
             array: Array = attributes.contents.get(name)
             recording = array.recording if isinstance(array, RecordedArray) else None
             whole = None if recording is None else recording.array
             if whole is not None and (array.shape, array.strides) != (whole.shape, whole.strides):
-                self._copies.append((array, numpy.array(array)))  # a part of an array that an outer context records
+                self._store_array(array)  # a part of an array that an outer context records
             elif whole is not None or can_be_recorded(array):
                 attributes.contents[name] = _ELSEWHERE
                 value = _LargeValue(link, name, array if whole is None else whole)
                 self._large.append(value)
+                self._undo.append(value.restore)
                 if self._touches is not None:
                     del array, recording, whole  # value.follow() counts references
                     value.follow()
-            else:
-                self._add_array(array)
-        self._attributes.append(attributes)
+            elif id(array) not in self._known:
+                self._store(array)
+        self._undo.append(attributes.restore)
         self._known[id(link)] = link
 
-    def _add_array(self, array: Array) -> None:
-        is_array = isinstance(array, chainer.get_array_types()) and not isinstance(array, RecordedArray)
-        if is_array and id(array) not in self._known and getattr(getattr(array, "flags", None), "writeable", True):
-            with device_of(array):
-                self._copies.append((array, array.copy()))
-            self._known[id(array)] = array
+    def _begin_following(self, touches: Touches) -> None:
+        super()._begin_following(touches)
+        for value in self._large:
+            value.follow()
 
     def _end_following(self) -> None:
-        if self._touches is not None:
-            self._touches.end()
-            for value in self._large:
-                value.unfollow(self._attributes)
-            self._touches = None
+        for value in self._large:
+            value.unfollow(self.links)
+        super()._end_following()
 
 
 _VARIABLE = chainer.Variable
@@ -219,7 +173,7 @@ class _LargeValue:
         self._recording.journals.append(self._journal)
         attributes[self._name] = self._recording.view()
 
-    def unfollow(self, links: Iterable[_Attributes]) -> None:
+    def unfollow(self, links: Iterable[chainer.Link]) -> None:
         recording = self._recording
         if recording is None:
             return
@@ -227,7 +181,7 @@ class _LargeValue:
             recording.journals.remove(self._journal)
         if recording.journals:
             return  # an outer block continues
-        for attributes in [vars(each.link) for each in links]:
+        for attributes in map(vars, links):
             for name, value in attributes.items():
                 if isinstance(value, RecordedArray) and value.recording is recording:
                     attributes[name] = recording.plain(value)

@@ -42,6 +42,10 @@ class RandomState:
         numpy.random.set_state(self._numpy)
         self._seed_devices()
 
+    def checkpoint(self) -> RandomState:
+        """Returns the current state of the same generators."""
+        return RandomState(map(cuda.GpuDevice.from_device_id, self._seeds))
+
     def save(self, serializer: chainer.AbstractSerializer) -> None:
         """Saves the state with a serializer."""
         serializer("state", _to_array([self._python, _plain(self._numpy), list(self._seeds.items())]))

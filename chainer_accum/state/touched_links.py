@@ -19,35 +19,36 @@ from chainer_accum._devices import Array
 
 
 class Touches:
-    """Notifies callbacks of objects that passes are about to change and that are not known yet.
+    """Passes objects that passes are about to change, and that are not known yet, to a callback.
 
     Args:
-        known: Ids of the known links, arrays and parameters. The callbacks must add new ones.
-        on_link (callable): Called with a link before its forward pass, if given.
-        on_array (callable): Called with a running average before a function moves it, if given.
-        on_parameter (callable): Called with a parameter before a backward pass sets its gradient, if given.
+        known: Ids of the known objects. The callback must add new ones, and may be called with known ones.
+        add (callable): Called with an object before it changes.
+        links (bool): Whether to watch links, which are found before their forward pass.
+        functions (bool): Whether to watch functions as well, to find a running average before it moves.
+        parameters (bool): Whether to find a parameter before a backward pass sets its gradient.
 
     """
 
     def __init__(
         self,
         known: Container[int],
-        on_link: Optional[Callable[[chainer.Link], None]],
-        on_array: Optional[Callable[[Array], None]] = None,
-        on_parameter: Optional[Callable[[chainer.Parameter], None]] = None,
+        add: Callable[[object], None],
+        links: bool = True,
+        functions: bool = True,
+        parameters: bool = False,
     ) -> None:
-        hooks: List[Union[chainer.LinkHook, chainer.FunctionHook]] = []
-        if on_link is not None:
-            hooks.append(_LinkHook(known, on_link))
-        if on_link is not None and on_array is not None:
-            hooks.append(_FunctionHook(known, on_link, on_array))
-        if on_parameter is not None:
-            hooks.append(_GradientHook(known, on_parameter))
-        self._hooks = hooks
+        self._hooks: List[Union[chainer.LinkHook, chainer.FunctionHook]] = []
+        if links:
+            self._hooks.append(_LinkHook(known, add))
+        if links and functions:
+            self._hooks.append(_FunctionHook(known, add))
+        if parameters:
+            self._hooks.append(_GradientHook(known, add))
         self._tables: List[Tuple[Dict[str, Any], str]] = []
 
     def begin(self) -> None:
-        """Starts the notifications. Call :meth:`end` before calling it again."""
+        """Starts to watch. Call :meth:`end` before calling it again."""
         for hook in self._hooks:
             is_of_links = isinstance(hook, chainer.LinkHook)
             # The hook is added here and not with its own ``with``, which may be interrupted right after it is entered.
@@ -57,32 +58,28 @@ class Touches:
             table[name] = hook
 
     def end(self) -> None:
-        """Stops the notifications, if started. If interrupted, it can be called again."""
+        """Stops, if started. If interrupted, it can be called again."""
         for table, name in self._tables:
             table.pop(name, None)
         self._tables.clear()
 
 
-class _LinkHook(chainer.LinkHook):
-    def __init__(self, known: Container[int], on_link: Callable[[chainer.Link], None]) -> None:
-        self._known = known
-        self._on_link = on_link
+class _Watch:
+    """What the hooks have in common."""
 
+    def __init__(self, known: Container[int], add: Callable[[object], None]) -> None:
+        self._known = known
+        self._add = add
+
+
+class _LinkHook(_Watch, chainer.LinkHook):
     def forward_preprocess(self, args: Any) -> None:
         if id(args.link) not in self._known:
             for link in _with_those_that_run(args.link):
-                if id(link) not in self._known:
-                    self._on_link(link)
+                self._add(link)
 
 
-class _FunctionHook(chainer.FunctionHook):
-    def __init__(
-        self, known: Container[int], on_link: Callable[[chainer.Link], None], on_array: Callable[[Array], None]
-    ) -> None:
-        self._known = known
-        self._on_link = on_link
-        self._on_array = on_array
-
+class _FunctionHook(_Watch, chainer.FunctionHook):
     def forward_preprocess(self, function: chainer.FunctionNode, in_data: Tuple[Array, ...]) -> None:
         if isinstance(function, chainer.FunctionAdapter):
             function = function.function
@@ -93,17 +90,11 @@ class _FunctionHook(chainer.FunctionHook):
         for array in [getattr(function, name) for name in names]:
             if isinstance(array, chainer.get_array_types()) and id(array) not in self._known:
                 for link in _with_those_that_run():
-                    if id(link) not in self._known:
-                        self._on_link(link)
-                if id(array) not in self._known:
-                    self._on_array(array)
+                    self._add(link)
+                self._add(array)
 
 
-class _GradientHook(chainer.FunctionHook):
-    def __init__(self, known: Container[int], on_parameter: Callable[[chainer.Parameter], None]) -> None:
-        self._known = known
-        self._on_parameter = on_parameter
-
+class _GradientHook(_Watch, chainer.FunctionHook):
     def backward_preprocess(
         self, function: chainer.FunctionNode, in_data: Tuple[Array, ...], out_grad: Tuple[Optional[Array], ...]
     ) -> None:
@@ -111,7 +102,7 @@ class _GradientHook(chainer.FunctionHook):
             if node.creator_node is None:
                 variable = node.get_variable_or_none()
                 if isinstance(variable, chainer.Parameter) and id(variable) not in self._known:
-                    self._on_parameter(variable)
+                    self._add(variable)
 
 
 @functools.lru_cache(maxsize=None)

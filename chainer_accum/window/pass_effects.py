@@ -84,27 +84,26 @@ class PassEffects:
         self._before = None
 
     def undo_pass(self) -> None:
-        """Undoes the last pass, if possible."""
+        """Undoes the last pass and what followed it, if possible."""
         if self._config is not None:  # Chainer does not restore it if its own code is interrupted
             vars(chainer.config._local).clear()
             vars(chainer.config._local).update(self._config)
         if self._before is not None:
             self._before.restore()
 
-    def undo_last(self) -> None:
-        """Undoes the end of the window and its last pass."""
-        self._statistics.restore()
-        self.undo_pass()
-
     def undo_all(self) -> None:
-        """Undoes the end of the window and all its passes."""
-        self._statistics.restore()
+        """Undoes all passes and the end of the window."""
         self.undo_pass()
         self._values.restore()
 
     def end(self) -> None:
         """Moves the running averages that have waited for the end of the window."""
-        self._statistics.update()
+        if self.is_collecting:
+            stored = [each for each in (self._values, self._before) if each is not None]
+            with contextlib.ExitStack() as stack:
+                for each in stored:  # averages may be large
+                    stack.enter_context(each.following(links=False))
+                self._statistics.update(stored)
 
     def let_go(self) -> None:
         """Forgets how to undo the passes.

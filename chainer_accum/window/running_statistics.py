@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from types import CodeType, FrameType
-from typing import ContextManager, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import chainer
 import chainer.links as L
@@ -21,6 +21,7 @@ from chainer.functions.normalization.batch_normalization import BatchNormalizati
 from chainer.functions.normalization.batch_renormalization import BatchRenormalizationFunction
 
 from chainer_accum._devices import Array, device_of
+from chainer_accum.state import PersistentValues
 
 # The position of a call, as the chain of calls from the pass, and how often it was called there before.
 _Call = Tuple[Tuple[Tuple[CodeType, int], ...], int]
@@ -163,7 +164,6 @@ class RunningStatistics:
         self._counts = [(link, link.N) for link in links if isinstance(link, L.BatchNormalization)]
         self._moves: Moves = {}
         self._collector: Optional[_Collector] = None
-        self._undo: List[Tuple[Array, Array]] = []
 
     def collecting(self) -> ContextManager[Moves]:
         """Context manager in which running averages do not move. It yields the moves that they would have made."""
@@ -185,8 +185,8 @@ class RunningStatistics:
                 calls = _in_order(list(known), list(new))
                 self._moves[averages] = {call: known.get(call) or new[call] for call in calls}
 
-    def update(self) -> None:
-        """Moves the running averages, once for each call."""
+    def update(self, stored: Sequence[PersistentValues]) -> None:
+        """Moves the running averages, once for each call, after they have been stored."""
         finetuned = {id(link.avg_mean): (link, count) for link, count in self._counts if link.N != count}
         for link, count in finetuned.values():
             link.N = count
@@ -197,8 +197,9 @@ class RunningStatistics:
                 decay = 1.0 - 1.0 / link.N
             unbiased = moments.count / max(moments.count - 1.0, 1.0)
             for average, value in zip(averages, (moments.mean, unbiased * moments.variance)):
+                for each in stored:
+                    each.add(average)
                 with device_of(average):
-                    self._undo.append((average, average.copy()))
                     average *= decay
                     average += (1 - decay) * value.astype(average.dtype)
         self._moves.clear()
@@ -207,15 +208,6 @@ class RunningStatistics:
         """Cleans up after an interrupted pass."""
         if self._collector is not None:
             self._collector.end()
-
-    def restore(self) -> None:
-        """Undoes the changes of :meth:`update` and of the passes."""
-        while self._undo:
-            average, value = self._undo.pop()
-            with device_of(average):
-                average[...] = value
-        for link, count in self._counts:
-            link.N = count
 
 
 def _in_order(known: List[_Call], new: List[_Call]) -> List[_Call]:

@@ -240,7 +240,7 @@ class Window:
         self._gradients.end()
         self._effects.clean_up()
         if not self.is_done and self._optimizer.t == self._updates:
-            self._effects.undo_all() if undoes_all else self._effects.undo_last()
+            self._effects.undo_all() if undoes_all else self._effects.undo_pass()
 
     def serialize(self, serializer: chainer.AbstractSerializer) -> None:
         """Serializes the window with its sums, so that it can continue in another process."""

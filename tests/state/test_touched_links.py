@@ -22,14 +22,13 @@ class Told:
     def __init__(self):
         self.known = {}
         self.links, self.arrays, self.parameters = [], [], []
-        self.touches = Touches(self.known, self.take(self.links), self.take(self.arrays), self.take(self.parameters))
+        self.touches = Touches(self.known, self.take_down, parameters=True)
 
-    def take(self, taken):
-        def take_down(thing):
-            taken.append(thing)
+    def take_down(self, thing):
+        if id(thing) not in self.known:
+            kinds = {chainer.Link: self.links, numpy.ndarray: self.arrays, chainer.Parameter: self.parameters}
+            next(taken for kind, taken in kinds.items() if isinstance(thing, kind)).append(thing)
             self.known[id(thing)] = thing
-
-        return take_down
 
     def __enter__(self):
         self.touches.begin()
@@ -52,7 +51,7 @@ def test_a_link_is_told_of_once_with_all_below_it():
 def test_a_link_is_told_of_before_it_runs():
     link = L.BatchNormalization(3)
     seen = []
-    touches = Touches({}, lambda each: seen.append(each.avg_mean.tolist()))
+    touches = Touches({}, lambda each: seen.append(each.avg_mean.tolist()), functions=False)
     touches.begin()
     link(x)
     touches.end()
@@ -95,7 +94,7 @@ def test_running_averages_of_a_function_are_told_of(name):
 def test_a_parameter_is_told_of_before_it_gets_a_gradient():
     parameter = chainer.Parameter(1.0, (3, 3))
     gradients = []
-    touches = Touches({}, print, print, lambda each: gradients.append(each.grad.tolist()))
+    touches = Touches({}, lambda each: gradients.append(each.grad.tolist()), parameters=True)
     parameter.grad = numpy.zeros((3, 3), "f")
     touches.begin()
     F.sum(F.matmul(x, parameter)).backward()

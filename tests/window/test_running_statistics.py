@@ -11,6 +11,8 @@ import chainer.links as L
 import numpy
 import pytest
 from chainer.training.updaters import StandardUpdater
+from chainer_accum.state.recorded_arrays import LARGE
+from chainer_accum.window import Window, WindowOptions
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -176,6 +178,48 @@ def test_a_pass_or_a_window_that_fails_moves_nothing_and_leaves_the_link_as_it_w
     assert all(getattr(link, name) is value for name, value in zip(attributes, before))
     numpy.testing.assert_array_equal(link.avg_mean, mean)
     numpy.testing.assert_array_equal(link.avg_var, var)
+
+
+def of_a_link(link, x):
+    return link(x, finetune=True)
+
+
+def of_no_link(link, x):
+    return F.batch_normalization(x, link.gamma, link.beta, running_mean=link.avg_mean, running_var=link.avg_var)
+
+
+@pytest.mark.parametrize("undoes_passes", [False, True])
+@pytest.mark.parametrize("size", [5, LARGE // 4])
+@pytest.mark.parametrize("normalize", [of_a_link, of_no_link])
+def test_averages_that_moved_go_back_if_the_step_fails(normalize, size, undoes_passes):
+    model, link = chainer.Chain(scale=L.Scale(W_shape=())), L.BatchNormalization(size)
+    if normalize is of_a_link:
+        with model.init_scope():
+            model.link = link
+    optimizer = chainer.optimizers.SGD(0).setup(model)
+    moved = []
+
+    def fail(optimizer):
+        moved.append(link.avg_mean.any() and link.avg_var.any())
+        raise RuntimeError("of the step")
+
+    optimizer.add_hook(fail, "fail")
+    x = numpy.arange(2 * size, dtype="f").reshape(2, size)
+    averages = id(link.avg_mean), id(link.avg_var)  # something else that refers to a large array has it copied
+    for undoes_all in (True, not undoes_passes):  # the same, since there is one pass
+        window = Window(
+            optimizer,
+            WindowOptions(running_statistics="update"),
+            undoes_passes=undoes_passes,
+            looks_for_links=normalize is of_a_link,
+        )
+        window.add(lambda: F.sum(normalize(link, model.scale(x))))
+        with pytest.raises(RuntimeError, match="of the step"):
+            window.update()
+        window.abandon(undoes_all)
+        assert (id(link.avg_mean), id(link.avg_var)) == averages and link.N == 0
+        assert not link.avg_mean.any() and (link.avg_var == 1).all()
+    assert moved == [True, True]
 
 
 class BrokenHook(chainer.LinkHook):

@@ -15,7 +15,7 @@ import numpy
 import pytest
 from chainer_accum.state.persistent_values import PersistentValues
 from chainer_accum.state.recorded_arrays import LARGE
-from chainer_accum.state.remembered import Remembered
+from chainer_accum.state.training_state import TrainingState
 
 
 class Statistics:
@@ -64,22 +64,22 @@ def test_what_a_link_keeps_is_put_back_in_place(name):
     make, change = KEPT[name]
     link = link_with(make())
     value, before = link.value, describe(link.value)
-    remembered = Remembered()
-    remembered.add(link)
+    state = TrainingState()
+    state.add(link)
     for _ in range(2):
         change(link)
         assert describe(link.value) != before
-        remembered.restore()
+        state.restore()
         assert link.value is value and describe(value) == before
 
 
 def test_what_a_library_keeps_is_left_alone():
-    logger = logging.getLogger("test_remembered")
-    remembered = Remembered()
-    remembered.add(link_with(logger))
+    logger = logging.getLogger("test_stored_objects")
+    state = TrainingState()
+    state.add(link_with(logger))
     handler = logging.NullHandler()
     logger.addHandler(handler)
-    remembered.restore()
+    state.restore()
     assert logger.handlers == [handler]
     logger.removeHandler(handler)
 
@@ -87,24 +87,24 @@ def test_what_a_library_keeps_is_left_alone():
 def test_a_parameter_with_another_dtype_is_put_back():
     link = L.Linear(3, 2)
     weight, array = link.W, link.W.array
-    remembered = Remembered()
-    remembered.add(link)
+    state = TrainingState()
+    state.add(link)
     weight.array = array.astype("float64")
-    remembered.restore()
+    state.restore()
     assert weight.array is array
     F.sum(link(numpy.ones((1, 3), "f"))).backward()
     assert weight.grad.dtype == "float32"
 
 
-def test_a_link_is_remembered_as_it_is_outside_of_a_window():
+def test_a_link_is_stored_as_it_is_outside_of_a_window():
     link = chainer.Link()
     link.add_persistent("bank", numpy.zeros(LARGE))
     bank = weakref.ref(link.bank)
-    remembered = Remembered()
+    state = TrainingState()
     with PersistentValues([link]).following():
-        remembered.add(link)
+        state.add(link)
         link.bank[3] = 1
-    remembered.restore()
+    state.restore()
     assert link.bank is bank() and type(link.bank) is numpy.ndarray and not link.bank.any()
 
 
@@ -113,11 +113,11 @@ def test_what_turns_up_is_put_back_with_its_gradient():
     gradient = numpy.full((3, 3), 5, "f")
     outside.W.grad = gradient
     weight = outside.W.array.copy()
-    remembered = Remembered()
-    with remembered.following():
+    state = TrainingState()
+    with state.following():
         F.sum(F.linear(link(numpy.ones((1, 3), "f")), outside.W)).backward()
         outside.W.array += 1
-    assert outside.W.grad is not gradient and remembered.links == [link]
-    remembered.restore()
+    assert outside.W.grad is not gradient and state.links == [link]
+    state.restore()
     assert outside.W.grad is gradient and (gradient == 5).all()
     numpy.testing.assert_array_equal(outside.W.array, weight)
