@@ -250,6 +250,7 @@ class WindowUpdater(StandardUpdater):
         try:
             with of_update.collecting() as reported:
                 window.update()
+                chainer.report(window.observation)
         finally:
             if window.is_done:
                 num_counted = micro_batches.num_examples - passes.num_skipped_examples
@@ -259,9 +260,11 @@ class WindowUpdater(StandardUpdater):
         if not self._used_links.are_known:
             self._used_links.record(self._links(), window.links)
         of_update.add(reported, 1.0)
-        chainer.report({**passes.observation, **of_update.merged()})
         device = self.get_optimizer("main").target.device
-        self._size.end_window(device, micro_batches.shapes, micro_batches.num_examples, micro_batches.largest_batch)
+        of_size = self._size.end_window(
+            device, micro_batches.shapes, micro_batches.num_examples, micro_batches.largest_batch
+        )
+        chainer.report({**passes.observation, **of_update.merged(), **of_size})
 
     def _keep_books(self, num_batches: int, num_examples: Optional[int], num_epochs: int) -> None:
         """Records how many batches, examples and epochs the step consumed."""

@@ -117,6 +117,7 @@ class _Block:
                 window.check_open()
                 if window.num_micro_batches > 0 or window.is_shared:
                     window.update()
+                    chainer.report(window.observation)
                 self._merge_reports(self._last_weight, True)  # what was reported after the last pass
                 self._scope.close()
                 chainer.report(self._observations.merged())

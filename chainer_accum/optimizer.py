@@ -163,6 +163,7 @@ class _AccumulatingOptimizer(chainer.Optimizer):
             window.update()
         finally:
             put_back()
+        chainer.report(window.observation)
         self._heaviest = max(self._heaviest, window.weights.largest)
 
     def setup(self, link: chainer.Link) -> _AccumulatingOptimizer:

@@ -108,7 +108,9 @@ class MicroBatchSize:
             stacklevel=2,
         )
 
-    def end_window(self, device: chainer.backend.Device, shapes: Hashable, examples: int, largest_batch: int) -> None:
+    def end_window(
+        self, device: chainer.backend.Device, shapes: Hashable, examples: int, largest_batch: int
+    ) -> Dict[str, float]:
         """Called when a window has ended.
 
         Args:
@@ -117,7 +119,11 @@ class MicroBatchSize:
             examples (int): Number of examples in the window.
             largest_batch (int): Number of examples in its largest iterator batch.
 
+        Returns:
+            dict: What to report.
+
         """
+        return {}
 
 
 class TunedMicroBatchSize(MicroBatchSize):
@@ -156,12 +162,13 @@ class TunedMicroBatchSize(MicroBatchSize):
         self._began = None  # the time so far belongs to no single size
         self._search.lower(failed)
 
-    def end_window(self, device: chainer.backend.Device, shapes: Hashable, examples: int, largest_batch: int) -> None:
-        chainer.report({"micro_batch_size": self.size})
+    def end_window(
+        self, device: chainer.backend.Device, shapes: Hashable, examples: int, largest_batch: int
+    ) -> Dict[str, float]:
+        observation: Dict[str, float] = {"micro_batch_size": self.size}
         if self._began is not None and not self._is_first_window:  # the first window includes one-time work
             synchronize(device)
-            seconds = (time.perf_counter() - self._began) / examples
-            chainer.report({"seconds_per_example": seconds})
+            seconds = observation["seconds_per_example"] = (time.perf_counter() - self._began) / examples
             self._search.add(seconds, largest_batch)
         self._is_first_window = False
         kind = (shapes, examples)
@@ -170,6 +177,7 @@ class TunedMicroBatchSize(MicroBatchSize):
         elif kind == self._last_kind:
             self._search = self._searches.setdefault(kind, _Search())
         self._last_kind = kind
+        return observation
 
 
 class _Search:

@@ -73,6 +73,7 @@ def join_update(optimizer: chainer.Optimizer, options: WindowOptions) -> bool:
     if not isinstance(window, MultiNodeWindow):
         return False
     window.update()
+    chainer.report(window.observation)
     return window.has_data
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, Callable, Iterable, List, Optional
+from typing import Any, Callable, Dict, Iterable, List, Optional
 
 import chainer
 
@@ -116,6 +116,12 @@ class Window:
         """The weights of the micro-batches so far, without skipped ones."""
         return self._gradients.weights
 
+    @property
+    def observation(self) -> Dict[str, int]:
+        """What to report after :meth:`update`: the number of skipped micro-batches, if ``nonfinite`` is ``'skip'``."""
+        is_reported = self.is_done and self._options.nonfinite == "skip"
+        return {"skipped_micro_batches": self.num_skipped} if is_reported else {}
+
     def add(self, lossfun: Callable[..., chainer.Variable], *args: Any, weight: float = 1, **kwargs: Any) -> bool:
         """Runs one forward and one backward pass.
 
@@ -211,8 +217,6 @@ class Window:
         self.is_open = False
         if self._updates == 0 and self.weights:
             self._gradients.check_target_is_reached()
-        if self._options.nonfinite == "skip":
-            chainer.report({"skipped_micro_batches": self.num_skipped})
         if self._is_all_skipped():
             self.is_done = True
             self._optimizer.target.cleargrads()
