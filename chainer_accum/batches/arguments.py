@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import chainer
 
 from chainer_accum._arguments import call
+from chainer_accum._devices import DeviceSpec
 
 
 class Arguments:
@@ -17,7 +18,7 @@ class Arguments:
     Args:
         converter (callable): Converter function of an updater.
         examples: Examples, as the iterator returned them.
-        device (~chainer.backend.Device): Device to which they are sent, or ``None``.
+        device (device specifier): Device to which they are sent, or ``None``.
 
     Attributes:
         args (tuple): Positional arguments.
@@ -25,7 +26,7 @@ class Arguments:
 
     """
 
-    def __init__(self, converter: Callable[..., Any], examples: Any, device: Optional[chainer.backend.Device]) -> None:
+    def __init__(self, converter: Callable[..., Any], examples: Any, device: Optional[DeviceSpec]) -> None:
         # Chainer has no public function that calls both kinds of converters.
         convert = chainer.dataset.convert._call_converter
         converted = call("converter", convert, converter, examples, device)

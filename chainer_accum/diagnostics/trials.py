@@ -10,11 +10,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import chainer
 import numpy
-from chainer.dataset import convert
 from chainer.utils.type_check import InvalidType
 
 from chainer_accum._devices import Array, DeviceSpec
-from chainer_accum.batches import WeightFunc
+from chainer_accum.batches import Arguments, WeightFunc
 from chainer_accum.observations import reporting_to
 from chainer_accum.state import RandomState, TrainingState, devices_of, links_behind
 from chainer_accum.updater import AccumulatingUpdater
@@ -245,7 +244,8 @@ class _WideConverter(chainer.dataset.Converter):
         self._converter = converter
 
     def __call__(self, batch: Any, device: Optional[DeviceSpec]) -> Any:
-        return _widen(convert._call_converter(self._converter, batch, device))
+        arguments = Arguments(self._converter, batch, device)
+        return _widen(arguments.kwargs or arguments.args)
 
 
 def _widen(value: Any) -> Any:
