@@ -31,10 +31,10 @@ from chainer_accum.window import (
     GradientNorms,
     Window,
     WindowOptions,
-    begin_window,
     communicator_of,
     join_remaining_updates,
     join_update,
+    window_class,
 )
 
 
@@ -216,8 +216,9 @@ class WindowUpdater(StandardUpdater):
     def _begin_window(self, micro_batches: MicroBatches) -> Window:
         measures_norms = self.gradient_norm_interval and (self.iteration + 1) % self.gradient_norm_interval == 0
         self.gradient_norms = GradientNorms() if measures_norms else None
-        return begin_window(
-            self.get_optimizer("main"),
+        optimizer = self.get_optimizer("main")
+        return window_class(optimizer)(
+            optimizer,
             self._options,
             expected_weight=micro_batches.regular_weight,
             norms=self.gradient_norms,

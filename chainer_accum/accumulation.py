@@ -13,7 +13,7 @@ from chainer_accum._arguments import check_set_up, check_weight
 from chainer_accum.observations import ObservationRules, Observations, Reported
 from chainer_accum.optimizer import check_not_accumulating
 from chainer_accum.state import DeferredSignals
-from chainer_accum.window import Window, WindowOptions, begin_window
+from chainer_accum.window import Window, WindowOptions, window_class
 
 
 def accumulate(
@@ -87,7 +87,9 @@ class _Block:
         expected_weight: Optional[float],
         rules: ObservationRules,
     ) -> None:
-        self._begin_window = functools.partial(begin_window, optimizer, options, expected_weight=expected_weight)
+        self._begin_window = functools.partial(
+            window_class(optimizer), optimizer, options, expected_weight=expected_weight
+        )
         self._rules = rules
         self._is_entered = False
 

@@ -28,7 +28,6 @@ from chainer_accum.window import (
     Representations,
     Window,
     WindowOptions,
-    begin_window,
     by_name,
     communicator_of,
     copies_of,
@@ -145,7 +144,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
 
     def _begin_window(self, micro_batches: MicroBatches) -> Window:
         # The gradients of the passes are parts of one gradient, so they are added and not averaged.
-        return begin_window(self.get_optimizer("main"), WindowOptions("sum"), links=self._links(), undoes_passes=False)
+        return Window(self.get_optimizer("main"), WindowOptions("sum"), links=self._links(), undoes_passes=False)
 
     def _try_passes(self, window: Window, micro_batches: MicroBatches) -> Passes:
         of_encoder, of_loss = Observations(self._rules), Observations()

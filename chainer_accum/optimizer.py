@@ -13,7 +13,7 @@ import chainer
 
 from chainer_accum._arguments import check_callable, check_instance, check_int, check_set_up, check_weight
 from chainer_accum.state import serialize_mixed_precision
-from chainer_accum.window import Window, WindowOptions, begin_window, is_taken, keep_for_others, mark_as_taken
+from chainer_accum.window import Window, WindowOptions, is_taken, keep_for_others, mark_as_taken, window_class
 
 
 def create_accumulating_optimizer(
@@ -191,7 +191,8 @@ class _AccumulatingOptimizer(chainer.Optimizer):
             self._window.serialize(serializer["window"])
 
     def _make_window(self, expected_weight: Optional[float] = None) -> Window:
-        return begin_window(self.actual_optimizer, self._options, expected_weight=expected_weight)
+        optimizer = self.actual_optimizer
+        return window_class(optimizer)(optimizer, self._options, expected_weight=expected_weight)
 
     def __getattribute__(self, name: str) -> Any:
         if name in _AccumulatingOptimizer.__dict__ or name in _AccumulatingOptimizer._OWN or name.startswith("__"):

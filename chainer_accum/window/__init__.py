@@ -5,11 +5,11 @@ A window knows losses, gradients and optimizers, but not iterators or examples. 
 """
 
 from chainer_accum.window.distributed import (
-    begin_window,
     communicator_of,
     join_remaining_updates,
     join_update,
     links_communicate,
+    window_class,
 )
 from chainer_accum.window.gradient_norms import GradientNorms
 from chainer_accum.window.options import WindowOptions
@@ -24,7 +24,6 @@ __all__ = [
     "Weights",
     "Window",
     "WindowOptions",
-    "begin_window",
     "by_name",
     "communicator_of",
     "copies_of",
@@ -34,4 +33,5 @@ __all__ = [
     "links_communicate",
     "mark_as_taken",
     "join_update",
+    "window_class",
 ]

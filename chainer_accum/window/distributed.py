@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 
 import chainer
 import numpy
@@ -51,10 +51,9 @@ def communicator_of(optimizer: chainer.Optimizer) -> Optional[CommunicatorBase]:
     return optimizer.communicator if isinstance(optimizer, chainermn._MultiNodeOptimizer) else None
 
 
-def begin_window(optimizer: chainer.Optimizer, *args: Any, **kwargs: Any) -> Window:
-    """Returns a new :class:`Window`, or a :class:`MultiNodeWindow` if the optimizer is a multi-node one."""
-    window_class: Type[Window] = Window if communicator_of(optimizer) is None else MultiNodeWindow
-    return window_class(optimizer, *args, **kwargs)
+def window_class(optimizer: chainer.Optimizer) -> Type[Window]:
+    """Returns the class of an optimizer's windows: :class:`MultiNodeWindow` for a multi-node one, or else Window."""
+    return Window if communicator_of(optimizer) is None else MultiNodeWindow
 
 
 def links_communicate(optimizer: chainer.Optimizer) -> bool:
@@ -69,9 +68,9 @@ def join_update(optimizer: chainer.Optimizer, options: WindowOptions) -> bool:
         bool: Whether there was an update. There is none on a single process, or if no rank has a micro-batch.
 
     """
-    window = begin_window(optimizer, options)
-    if not isinstance(window, MultiNodeWindow):
+    if communicator_of(optimizer) is None:
         return False
+    window = MultiNodeWindow(optimizer, options)
     window.update()
     chainer.report(window.observation)
     return window.has_data
@@ -97,10 +96,8 @@ class MultiNodeWindow(Window):
     :class:`chainermn.links.MultiNodeBatchNormalization`. In that case, the ranks check before each pass that all of
     them run one.
 
-    Args:
-        optimizer: Multi-node optimizer that has been set up with the model.
-        *args: As for :class:`Window`. The expected weight is that of this rank.
-        **kwargs: As for :class:`Window`.
+    The arguments are those of :class:`Window`. The optimizer is a multi-node one, and the expected weight is that of
+    this rank.
 
     Attributes:
         has_data (bool): After :meth:`update`, whether any rank had a micro-batch. If none had, nothing was updated.
@@ -108,17 +105,20 @@ class MultiNodeWindow(Window):
     """
 
     is_shared = True
+    has_data = False
     _optimizer: _MultiNodeOptimizer
+    _has_begun = False
+    _uninitialized: Sequence[chainer.Parameter] = ()
+    _passes: Sequence[Callable[[], bool]] = ()  # that may have to be repeated
+    _global_weight = 0.0
 
-    def __init__(self, optimizer: _MultiNodeOptimizer, *args: Any, **kwargs: Any) -> None:
-        super().__init__(optimizer, *args, **kwargs)
-        self._communicator = optimizer.communicator
-        self._is_in_lockstep = links_communicate(optimizer)
-        self._has_begun = False
-        self._uninitialized: List[chainer.Parameter] = []
-        self._passes: List[Callable[[], bool]] = []
-        self._global_weight = 0.0
-        self.has_data = False
+    @property
+    def _communicator(self) -> CommunicatorBase:
+        return self._optimizer.communicator
+
+    @functools.cached_property
+    def _is_in_lockstep(self) -> bool:
+        return links_communicate(self._optimizer)
 
     @property
     def is_repeatable(self) -> bool:  # type: ignore[override]
@@ -144,7 +144,7 @@ class MultiNodeWindow(Window):
             self.is_open = self.is_open and not self._is_in_lockstep  # the other ranks are in that pass
             raise
         if self._uninitialized:
-            self._passes.append(run)
+            self._passes = [*self._passes, run]
         return is_counted
 
     def add_gradients(self, weight: float = 1) -> bool:

@@ -15,7 +15,7 @@ from chainer_accum import AccumulatingUpdater, accumulate, create_accumulating_o
 from chainer import optimizers
 from chainer.serializers import load_npz, save_npz
 from chainer.training import Trainer
-from chainer_accum.window.distributed import MultiNodeWindow, begin_window
+from chainer_accum.window.distributed import MultiNodeWindow, window_class
 from chainer_accum.window.gradient_norms import GradientNorms
 from chainer_accum.window.options import WindowOptions
 from chainer_accum.window.window import Window
@@ -253,7 +253,7 @@ def test_passes_that_are_repeated_report_nothing_and_move_running_averages_once(
 
     def program(communicator):
         model = Growing(0, communicator.rank)
-        window = begin_window(make_multi_node(momentum_sgd(), communicator).setup(model))
+        window = MultiNodeWindow(make_multi_node(momentum_sgd(), communicator).setup(model))
         alone = L.BatchNormalization(5)
         reporter = chainer.Reporter()
         with reporter.scope({}):
@@ -462,7 +462,7 @@ def test_ranks_that_would_wait_for_one_another_fail_instead(sizes):
 def test_a_pass_that_failed_is_not_repeated_where_links_communicate():
     def program(communicator):
         optimizer = communicating(communicator)
-        window = begin_window(optimizer)
+        window = MultiNodeWindow(optimizer)
         with pytest.raises(MemoryError):
             window.add(raise_memory_error)
         with pytest.raises(RuntimeError, match="begin a new window"):
@@ -474,7 +474,7 @@ def test_a_pass_that_failed_is_not_repeated_where_links_communicate():
 def test_a_pass_that_failed_may_be_repeated_where_they_do_not():
     def program(communicator):
         optimizer = make_multi_node(momentum_sgd(), communicator).setup(lazy_model(communicator.rank))
-        window = begin_window(optimizer)
+        window = MultiNodeWindow(optimizer)
         if communicator.rank == 1:
             with pytest.raises(MemoryError):
                 window.add(raise_memory_error)
@@ -599,7 +599,7 @@ def test_running_averages_of_the_window_are_collected_once_though_passes_are_rep
 def test_each_rank_measures_the_norms_of_its_own_gradients(loss_reduction, make_its_model):
     def norms_of(optimizer, examples):
         window_norms = GradientNorms()
-        window = begin_window(optimizer, WindowOptions(loss_reduction), norms=window_norms)
+        window = window_class(optimizer)(optimizer, WindowOptions(loss_reduction), norms=window_norms)
         for part in split(examples, 4, 3):
             window.add(optimizer.target, *chainer.dataset.concat_examples(part), weight=len(part))
         window.update()
@@ -622,7 +622,8 @@ def raise_memory_error():
 
 
 def test_other_optimizers_have_windows_of_their_own():
-    window = begin_window(momentum_sgd().setup(make_model()))
+    optimizer = momentum_sgd().setup(make_model())
+    window = window_class(optimizer)(optimizer)
     assert type(window) is Window
     assert not window.is_shared and MultiNodeWindow.is_shared
 
@@ -651,7 +652,7 @@ def test_what_another_process_returns_as_its_loss_may_be_empty():
         window.add(lambda: delegate)
     assert optimizer.t == 2
     with pytest.raises(ValueError, match="the loss must be a scalar"):
-        window = begin_window(optimizer)
+        window = Window(optimizer)
         window.add(lambda: chainer.Variable(numpy.zeros(0, "f")) * 1)
 
 
