@@ -19,6 +19,7 @@ import pytest
 from chainer import link_hooks
 from chainer.serializers import load_npz, save_npz
 from chainer_accum.state.persistent_values import PersistentValues
+from chainer_accum.state.random_state import RandomState
 from chainer_accum.state.recorded_arrays import LARGE, RecordedArray
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -336,6 +337,19 @@ def test_a_checkpoint_is_of_what_turned_up_as_it_is_then():
             link(make_x(1))
         checkpoint.restore()
     assert_same(state_of(link), state)
+
+
+def test_random_generators_go_back_with_the_values_if_they_are_added():
+    values = PersistentValues([])
+    values.add(RandomState())
+    first = numpy.random.rand()
+    checkpoint = values.checkpoint()
+    second = numpy.random.rand()
+    for _ in range(2):
+        checkpoint.restore()
+        assert numpy.random.rand() == second
+        values.restore()
+        assert numpy.random.rand() == first
 
 
 # States.
