@@ -5,6 +5,7 @@ from chainer_accum._compat import prepare_chainer, restore_removed_names
 prepare_chainer()
 
 from chainer_accum import extensions as extensions  # noqa: E402
+from chainer_accum import functions as functions  # noqa: E402
 from chainer_accum.accumulation import accumulate  # noqa: E402
 from chainer_accum.cached_gradients import CachedGradientUpdater  # noqa: E402
 from chainer_accum.diagnostics import check_equivalence  # noqa: E402

@@ -201,9 +201,10 @@ class WindowUpdater(StandardUpdater):
         """Runs all passes, and restarts with smaller micro-batches if memory runs out."""
         random_state = RandomState() if micro_batches.is_repeatable else None
         while True:
-            self._window = self._begin_window(micro_batches)
+            observations = Observations(self._rules)
+            self._window = self._begin_window(micro_batches, observations)
             try:
-                return self._try_passes(self._window, micro_batches)
+                return self._try_passes(self._window, micro_batches, observations)
             except OutOfMemory as error:
                 failed, cause = error.num_examples, str(error)
             self._window.abandon()
@@ -213,11 +214,11 @@ class WindowUpdater(StandardUpdater):
             self._size.make_room(failed, cause, self.get_optimizer("main").target.device)
             micro_batches.begin_again(self._size.size)
 
-    def _begin_window(self, micro_batches: MicroBatches) -> Window:
+    def _begin_window(self, micro_batches: MicroBatches, observations: Observations) -> Window:
         measures_norms = self.gradient_norm_interval and (self.iteration + 1) % self.gradient_norm_interval == 0
         self.gradient_norms = GradientNorms() if measures_norms else None
         optimizer = self.get_optimizer("main")
-        return window_class(optimizer)(
+        return window_class(optimizer, self._options)(
             optimizer,
             self._options,
             expected_weight=micro_batches.regular_weight,
@@ -225,14 +226,17 @@ class WindowUpdater(StandardUpdater):
             links=self._links(),
             undoes_passes=False,
             looks_for_links=not self._used_links.are_known,
+            on_reported=observations.add,
         )
 
-    def _try_passes(self, window: Window, micro_batches: MicroBatches) -> Passes:
+    def _try_passes(self, window: Window, micro_batches: MicroBatches, observations: Observations) -> Passes:
         """Runs all passes of a window."""
-        observations, num_skipped_examples = Observations(self._rules), 0
+        num_skipped_examples, largest = 0, 0
         with contextlib.closing(self._prepare(iter(micro_batches), self._convert)) as prepared:
             for micro_batch, get_arguments in prepared:
                 window.weights.expect(micro_batches.expected_weight)
+                window.num_examples = count_examples(micro_batch.examples)
+                largest = max(largest, window.num_examples or 0)
                 with retryable_memory_errors(micro_batch.examples, window, micro_batches):
                     with observations.collecting() as observation:
                         loss_func = functools.partial(get_arguments().call, "the loss function", self._loss_func())
@@ -242,6 +246,8 @@ class WindowUpdater(StandardUpdater):
                 else:
                     num_skipped_examples += count_examples(micro_batch.examples) or 0
                 del micro_batch, get_arguments, loss_func  # release the examples before the next are read
+        with retryable_memory_errors(range(largest), window, micro_batches):
+            window.run_passes()
         return Passes(observations.merged(), num_skipped_examples)
 
     def _finish_window(self, micro_batches: MicroBatches, passes: Passes) -> None:

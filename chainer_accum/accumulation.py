@@ -10,6 +10,7 @@ from typing import Dict, Mapping, NoReturn, Optional, Type
 import chainer
 
 from chainer_accum._arguments import check_set_up, check_weight
+from chainer_accum.lockstep import StoreSpec, make_lockstep_policy
 from chainer_accum.observations import ObservationRules, Observations, Reported
 from chainer_accum.optimizer import check_not_accumulating
 from chainer_accum.state import DeferredSignals
@@ -24,6 +25,7 @@ def accumulate(
     nonfinite: str = "keep",
     running_statistics: str = "micro_batch",
     observation_rules: Optional[Mapping[str, str]] = None,
+    lockstep: StoreSpec = None,
 ) -> _Block:
     """Context manager that accumulates the gradients of several losses and updates the parameters once, when it ends.
 
@@ -55,6 +57,11 @@ def accumulate(
             ``'micro_batch'``, each forward pass moves them, as in Chainer. With ``'update'``, they move once per
             update, by the statistics of everything that passed through the link in the window, as in one forward pass
             of the whole batch. Either way, each micro-batch is normalized by its own statistics.
+        lockstep: Whether the passes run in lockstep: they wait for one another wherever a layer looks at the whole
+            batch, such as batch normalization, so that the step is that of the whole batch for these layers, too. The
+            value says where to keep what is needed in between: ``'memory'``, ``'host'`` memory instead of a device's,
+            a temporary ``'file'``, or the path of a folder for it. Passes that wait are completed when the block ends,
+            and so are their reports. See the guide to lockstep windows.
         observation_rules (dict): Maps keys such as ``'main/n_correct'`` to how the values reported by the passes are
             merged, as for :class:`~chainer_accum.AccumulatingUpdater`.
 
@@ -63,14 +70,16 @@ def accumulate(
 
     Raises:
         FloatingPointError: If a micro-batch is not finite and ``nonfinite`` is ``'raise'``.
-        RuntimeError: If the optimizer updates inside the block, or no loss of the first update depends on a parameter.
+        RuntimeError: If the optimizer updates inside the block, or no loss of the first update depends on a parameter;
+            or if passes in lockstep do not call the same layers, or cannot be computed again.
         TypeError: If the optimizer accumulates gradients itself.
         ValueError: If the optimizer has not been set up or an option has an unknown value.
 
     """
     check_set_up(optimizer, "optimizer")
     check_not_accumulating("optimizer", optimizer, "an accumulate block")
-    options = WindowOptions(loss_reduction, nonfinite, running_statistics).checked()
+    policy = make_lockstep_policy(lockstep)
+    options = WindowOptions(loss_reduction, nonfinite, running_statistics, policy).checked()
     if expected_weight is not None and check_weight(expected_weight, "expected_weight") == 0:
         raise ValueError("expected_weight must be positive, got 0; use None if it is not known")
     rules = ObservationRules(observation_rules)
@@ -88,7 +97,7 @@ class _Block:
         rules: ObservationRules,
     ) -> None:
         self._begin_window = functools.partial(
-            window_class(optimizer), optimizer, options, expected_weight=expected_weight
+            window_class(optimizer, options), optimizer, options, expected_weight=expected_weight
         )
         self._rules = rules
         self._is_entered = False
@@ -98,7 +107,7 @@ class _Block:
             raise RuntimeError("a block must not be entered inside itself; call accumulate again for another window")
         self._is_entered = True
         self._observations = Observations(self._rules)
-        self._window = self._begin_window(on_added=self._merge_reports)
+        self._window = self._begin_window(on_added=self._merge_reports, on_reported=self._observations.add)
         self._last_weight = 1.0
         self._scope = contextlib.ExitStack()
         self._reported: Dict[str, Reported] = self._scope.enter_context(self._observations.collecting())
@@ -115,8 +124,9 @@ class _Block:
             if exc_type is not None:
                 window.abandon()
                 return
+            window.check_open()
+            window.run_passes()
             with DeferredSignals():  # so that the reports agree with the step
-                window.check_open()
                 if window.num_micro_batches > 0 or window.is_shared:
                     window.update()
                     chainer.report(window.observation)

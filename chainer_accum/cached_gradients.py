@@ -142,12 +142,12 @@ class CachedGradientUpdater(AccumulatingUpdater):
     def _is_standard(self) -> bool:
         return False  # StandardUpdater has no encoder
 
-    def _begin_window(self, micro_batches: MicroBatches) -> Window:
+    def _begin_window(self, micro_batches: MicroBatches, observations: Observations) -> Window:
         # The gradients of the passes are parts of one gradient, so they are added and not averaged.
         return Window(self.get_optimizer("main"), WindowOptions("sum"), links=self._links(), undoes_passes=False)
 
-    def _try_passes(self, window: Window, micro_batches: MicroBatches) -> Passes:
-        of_encoder, of_loss = Observations(self._rules), Observations()
+    def _try_passes(self, window: Window, micro_batches: MicroBatches, observations: Observations) -> Passes:
+        of_encoder, of_loss = observations, Observations()
         parts = list(micro_batches)
         with retryable_memory_errors(parts[0].examples, window, micro_batches):
             self._initialize_parameters(parts[0].examples)

@@ -18,9 +18,10 @@ from chainer_accum._arguments import (
 from chainer_accum._devices import DeviceSpec
 from chainer_accum._window_updater import WindowUpdater
 from chainer_accum.batches import EPOCH_BOUNDARIES, Schedule, Steps, WeightFunc, make_micro_batch_size
+from chainer_accum.lockstep import StoreSpec, make_lockstep_policy
 from chainer_accum.observations import ObservationRules
 from chainer_accum.optimizer import check_not_accumulating
-from chainer_accum.window import WindowOptions, communicator_of, links_communicate
+from chainer_accum.window import WindowOptions, links_communicate, window_class
 
 
 class AccumulatingUpdater(WindowUpdater):
@@ -32,7 +33,8 @@ class AccumulatingUpdater(WindowUpdater):
 
     An effective batch is made of ``accumulation_steps`` batches from the iterator, each split into micro-batches of at
     most ``micro_batch_size`` examples. With neither argument, this works like ``StandardUpdater``. Each micro-batch has
-    its own forward pass, so batch statistics, as in batch normalization, are those of the micro-batch.
+    its own forward pass, so batch statistics, as in batch normalization, are those of the micro-batch, unless the
+    micro-batches run in ``lockstep``.
 
     With several iterators or optimizers by name, the main ones are used. With a multi-node optimizer of ChainerMN, an
     effective batch spans all ranks, each with its own updater and iterator.
@@ -88,6 +90,10 @@ class AccumulatingUpdater(WindowUpdater):
             and reports the number of such micro-batches as ``skipped_micro_batches``.
         running_statistics (str): When the running averages of batch normalization move: with each ``'micro_batch'`` or
             once per ``'update'``, as for :func:`~chainer_accum.accumulate`.
+        lockstep: Whether micro-batches wait for one another wherever a layer looks at the whole batch, so that batch
+            normalization, dropout and the state of layers are exactly those of the whole batch: ``'memory'``,
+            ``'host'``, ``'file'`` or the path of a folder, where to keep what is needed in between. If ``None``, each
+            micro-batch passes through the model by itself.
 
     Attributes:
         accumulation_steps (int): Number of iterator batches in the last update. Before the first update, the number for
@@ -98,6 +104,7 @@ class AccumulatingUpdater(WindowUpdater):
             ``None``. It is lowered when memory runs out.
         gradient_norm_interval (int): If set to n, the gradient norms of all micro-batches are measured every n updates.
         gradient_norms (~chainer_accum.window.GradientNorms): The norms from the last update, if measured, or ``None``.
+        lockstep: See the argument.
         micro_batch_timings (dict): Seconds per example by micro-batch size, as measured by ``'auto'`` so far.
         weight_func (callable): See the argument.
         loss_reduction (str): See the argument. The other attributes are those of ``StandardUpdater``.
@@ -132,6 +139,7 @@ class AccumulatingUpdater(WindowUpdater):
         split_when_out_of_memory: Optional[bool] = None,
         nonfinite: str = "keep",
         running_statistics: str = "micro_batch",
+        lockstep: StoreSpec = None,
     ) -> None:
         iterators = iterator if isinstance(iterator, dict) else {"main": iterator}
         check_main("iterator", iterators, "an iterator", "next", "create a SerialIterator for the dataset")
@@ -161,11 +169,17 @@ class AccumulatingUpdater(WindowUpdater):
                 "converter must not be ConcatWithAsyncTransfer with prefetch=True, got both; it would overwrite "
                 "a buffer that is still being read; use concat_examples, whose copies are prefetched as well"
             )
-        options = WindowOptions(loss_reduction, nonfinite, running_statistics).checked()
+        policy = make_lockstep_policy(lockstep)
+        if policy is not None and isinstance(converter, ConcatWithAsyncTransfer):
+            raise ValueError(
+                "converter must not be ConcatWithAsyncTransfer with lockstep, got both; it would overwrite a buffer of "
+                "a micro-batch that waits; use concat_examples"
+            )
+        options = WindowOptions(loss_reduction, nonfinite, running_statistics, policy).checked()
         check_choice("epoch_boundary", epoch_boundary, EPOCH_BOUNDARIES)
         rules = ObservationRules(observation_rules)
         check_loss_scale(loss_scale)
-        communicator_of(optimizers["main"])  # raises if the optimizer uses double buffering
+        window_class(optimizers["main"], options)  # raises if the optimizer does not fit
         if size.is_tuned and split_when_out_of_memory is False:
             raise ValueError(
                 "split_when_out_of_memory must not be False with micro_batch_size='auto', got False; the search tries "
@@ -218,6 +232,11 @@ class AccumulatingUpdater(WindowUpdater):
         return self._options.loss_reduction
 
     @property
+    def lockstep(self) -> StoreSpec:
+        """Where micro-batches in lockstep keep what they need, or ``None`` if they do not run in lockstep."""
+        return None if self._options.lockstep is None else self._options.lockstep.store
+
+    @property
     def micro_batch_size(self) -> Optional[int]:
         """The largest number of examples in one forward/backward pass of the next update."""
         return self._size.size
@@ -242,6 +261,6 @@ class AccumulatingUpdater(WindowUpdater):
 _SET_ONCE = frozenset(
     [
         *("micro_batch_size", "epoch_boundary", "observation_rules", "prefetch", "split_when_out_of_memory"),
-        *("nonfinite", "running_statistics", "loss_reduction"),
+        *("nonfinite", "running_statistics", "loss_reduction", "lockstep"),
     ]
 )

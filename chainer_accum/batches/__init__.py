@@ -1,6 +1,6 @@
 """Micro-batches: iterator batches that are split, weighted, prefetched and converted.
 
-It knows iterators and examples, but not gradients. It imports ``observations``.
+It knows iterators and examples, but not gradients. It imports ``state`` and ``observations``.
 """
 
 from chainer_accum.batches.arguments import Arguments

@@ -19,7 +19,8 @@ from typing import Any, Callable, ContextManager, Generator, Iterator, Optional,
 import chainer
 from chainer.backends import cuda
 
-from chainer_accum.batches.thread_state import Outcome, ThreadState
+from chainer_accum.batches.outcome import Outcome
+from chainer_accum.state import ThreadState
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -39,19 +39,20 @@ _STATE = Cause(
     "state",
     "The gradient of the same batch differs between two calls, so the model carries something from one call to the "
     "next, such as the state of a recurrent layer or of its own random generator.",
-    "Reset the state at each call, for example with reset_state(), or keep a separate state for each micro-batch.",
+    "Reset the state at each call, for example with reset_state(), or set lockstep='memory'.",
 )
 
 _RANDOMNESS = Cause(
     "randomness",
     "The loss draws random numbers, for example for dropout, and micro-batches draw different ones than the batch.",
-    "Nothing needs to be changed: the step is as random as before.",
+    "Nothing needs to be changed: the step is as random as before. To draw the same as the batch, set "
+    "lockstep='memory'.",
 )
 
 _BATCH_NORMALIZATION = Cause(
     "batch normalization",
     "Batch normalization normalizes each micro-batch by its own statistics.",
-    "Use group normalization, or micro-batches that are large enough for their statistics.",
+    "Set lockstep='memory', which normalizes by the statistics of the whole batch.",
 )
 
 _SUM = Cause("sum", "The loss is a sum over examples.", "Set loss_reduction='sum'.")

@@ -22,6 +22,7 @@ from chainer_accum.cached_gradients import CachedGradientUpdater
 from chainer_accum.diagnostics.causes import AGREEABLE, Cause, find_causes, listed
 from chainer_accum.diagnostics.comparison import TOLERANCES, check_usable, compare
 from chainer_accum.diagnostics.trials import Settings, Trials
+from chainer_accum.lockstep import StoreSpec, make_lockstep_policy
 from chainer_accum.updater import AccumulatingUpdater
 from chainer_accum.window import WindowOptions
 
@@ -40,6 +41,8 @@ class Equivalence(NamedTuple):
         tolerance (float): Largest deviation that counts as rounding.
         causes (tuple of Cause): Why the steps differ; empty if they do not.
         message (str): The result in words, with what to set.
+        is_equivalent_in_lockstep (bool): Whether the step is the same in lockstep. ``None`` if this was not tried: the
+            steps are equal without it, or ran in lockstep already.
 
     """
 
@@ -49,6 +52,7 @@ class Equivalence(NamedTuple):
     tolerance: float
     causes: Tuple[Cause, ...]
     message: str
+    is_equivalent_in_lockstep: Optional[bool] = None
 
     def __bool__(self) -> bool:
         return self.is_equivalent
@@ -66,6 +70,7 @@ def check_equivalence(
     micro_batch_size: Optional[int] = None,
     weight_func: Optional[WeightFunc] = None,
     loss_reduction: Optional[str] = None,
+    lockstep: StoreSpec = None,
 ) -> Equivalence:
     """Tests whether the accumulated step of a model equals its full-batch step, and if not, finds out why.
 
@@ -85,7 +90,7 @@ def check_equivalence(
     Args:
         model_or_updater: Link that returns the loss; or any link, with a ``loss_func``; or an
             :class:`~chainer_accum.AccumulatingUpdater`, which supplies converter, loss function, micro-batch size,
-            weight function, loss reduction, input device and loss scale.
+            weight function, loss reduction, lockstep, input device and loss scale.
         batch (list): Two or more examples, as returned by the iterator. They must fit in memory as one batch. Use
             examples as diverse as in training: of different lengths, with labels to ignore.
         converter: Converter function. By default, that of the updater, or :func:`~chainer.dataset.concat_examples`.
@@ -95,6 +100,9 @@ def check_equivalence(
         weight_func: Function that returns the weight of a micro-batch. By default, that of the updater, or the number
             of examples.
         loss_reduction (str): ``'mean'`` or ``'sum'``. By default, that of the updater, or ``'mean'``.
+        lockstep: Where micro-batches in lockstep keep what they need, such as ``'memory'``. By default, that of the
+            updater, or ``None``: not in lockstep. If the steps differ then, the result says whether lockstep would make
+            them equal.
 
     Returns:
         ~chainer_accum.diagnostics.Equivalence: The result. It is true if the steps are equal.
@@ -106,7 +114,9 @@ def check_equivalence(
             the gradient of the whole batch is zero or not finite.
 
     """
-    settings = _read_settings(model_or_updater, converter, loss_func, micro_batch_size, weight_func, loss_reduction)
+    settings = _read_settings(
+        model_or_updater, converter, loss_func, micro_batch_size, weight_func, loss_reduction, lockstep
+    )
     parts = _split(batch, settings.micro_batch_size)
     trials = Trials(settings, batch, parts)
     with trials.undone():
@@ -116,8 +126,19 @@ def check_equivalence(
         deviation, parameter = compare(accumulated, full)
         tolerance = TOLERANCES[trials.itemsize]
         causes = tuple(find_causes(trials, full)) if deviation > tolerance else ()
+        is_open = deviation > tolerance and settings.lockstep is None
+        in_lockstep = _is_equal_in_lockstep(trials, tolerance) if is_open else None
     message = _write_message(deviation, parameter, tolerance, causes, parts)
-    return Equivalence(deviation <= tolerance, deviation, parameter, tolerance, causes, message)
+    if in_lockstep:
+        message += "\nWith lockstep='memory', the steps are the same."
+    return Equivalence(deviation <= tolerance, deviation, parameter, tolerance, causes, message, in_lockstep)
+
+
+def _is_equal_in_lockstep(trials: Trials, tolerance: float) -> bool:
+    try:
+        return compare(trials.in_lockstep(), trials.full_batch())[0] <= tolerance
+    except Exception:  # lockstep refuses what it cannot make exact
+        return False
 
 
 def _read_settings(
@@ -127,6 +148,7 @@ def _read_settings(
     micro_batch_size: Optional[int],
     weight_func: Optional[WeightFunc],
     loss_reduction: Optional[str],
+    lockstep: StoreSpec,
 ) -> Settings:
     for name, value in (("converter", converter), ("loss_func", loss_func), ("weight_func", weight_func)):
         if value is not None:
@@ -135,6 +157,7 @@ def _read_settings(
         micro_batch_size = check_int("micro_batch_size", micro_batch_size, 1, "use None for two fifths of the batch")
     if loss_reduction is not None:
         WindowOptions(loss_reduction).checked()
+    make_lockstep_policy(lockstep)  # raises if there is no such store
     if isinstance(model_or_updater, CachedGradientUpdater):
         raise TypeError(
             "model_or_updater must not be a CachedGradientUpdater, whose loss is that of the whole batch; compare its "
@@ -152,6 +175,7 @@ def _read_settings(
             loss_reduction or updater.loss_reduction,
             updater.input_device,
             optimizer._loss_scale,
+            updater.lockstep if lockstep is None else lockstep,
         )
     if not isinstance(model_or_updater, chainer.Link):
         raise TypeError(
@@ -167,6 +191,7 @@ def _read_settings(
         loss_reduction or "mean",
         model_or_updater.device,
         None,
+        lockstep,
     )
 
 

@@ -14,6 +14,7 @@ from chainer.utils.type_check import InvalidType
 
 from chainer_accum._devices import Array, DeviceSpec
 from chainer_accum.batches import Arguments, WeightFunc
+from chainer_accum.lockstep import StoreSpec
 from chainer_accum.observations import reporting_to
 from chainer_accum.state import RandomState, TrainingState, devices_of, links_behind
 from chainer_accum.updater import AccumulatingUpdater
@@ -35,6 +36,7 @@ class Settings(NamedTuple):
     loss_reduction: str
     input_device: Optional[chainer.backend.Device]
     loss_scale: Optional[float]
+    lockstep: StoreSpec = None
 
 
 class Trials:
@@ -111,10 +113,17 @@ class Trials:
     def accumulated(self) -> Gradient:
         """Returns the gradient of the micro-batches, with random numbers that follow those of the last pass.
 
-        With the same random numbers, a micro-batch could by chance draw what its part of the batch drew.
+        With the same random numbers, a micro-batch could by chance draw what its part of the batch drew. In lockstep,
+        it must draw just that.
 
         """
+        if self.settings.lockstep is not None:
+            return self.in_lockstep(self.settings.lockstep)
         return self._run(self.parts, same_random=False)
+
+    def in_lockstep(self, lockstep: StoreSpec = "memory") -> Gradient:
+        """Returns the gradient of the micro-batches in lockstep, with the random numbers of the whole batch."""
+        return self._run(self.parts, lockstep=lockstep)
 
     def single(self, part: Sequence[Any]) -> Gradient:
         """Returns the gradient of a single micro-batch."""

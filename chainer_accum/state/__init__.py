@@ -8,6 +8,7 @@ from chainer_accum.state.persistent_values import PersistentValues
 from chainer_accum.state.random_state import RandomState, devices_of
 from chainer_accum.state.signals import DeferredSignals
 from chainer_accum.state.snapshots import load_snapshot
+from chainer_accum.state.thread_state import ThreadState, hook_tables
 from chainer_accum.state.touched_links import links_behind
 from chainer_accum.state.training_state import TrainingState
 from chainer_accum.state.used_links import UsedLinks
@@ -16,9 +17,11 @@ __all__ = [
     "DeferredSignals",
     "PersistentValues",
     "RandomState",
+    "ThreadState",
     "TrainingState",
     "UsedLinks",
     "devices_of",
+    "hook_tables",
     "links_behind",
     "load_snapshot",
     "serialize_mixed_precision",

@@ -25,7 +25,8 @@ import numpy
 
 from chainer_accum._devices import device_of
 from chainer_accum.observations import reporting_to
-from chainer_accum.window.options import WindowOptions
+from chainer_accum.window.lockstep_window import LockstepWindow
+from chainer_accum.window.options import DEFAULTS, WindowOptions
 from chainer_accum.window.window import Window
 
 if TYPE_CHECKING:
@@ -51,9 +52,21 @@ def communicator_of(optimizer: chainer.Optimizer) -> Optional[CommunicatorBase]:
     return optimizer.communicator if isinstance(optimizer, chainermn._MultiNodeOptimizer) else None
 
 
-def window_class(optimizer: chainer.Optimizer) -> Type[Window]:
-    """Returns the class of an optimizer's windows: :class:`MultiNodeWindow` for a multi-node one, or else Window."""
-    return Window if communicator_of(optimizer) is None else MultiNodeWindow
+def window_class(optimizer: chainer.Optimizer, options: WindowOptions = DEFAULTS) -> Type[Window]:
+    """Returns the class of the windows that an optimizer and its options need.
+
+    Raises:
+        ValueError: If passes are to run in lockstep and the optimizer is a multi-node one.
+
+    """
+    if communicator_of(optimizer) is None:
+        return Window if options.lockstep is None else LockstepWindow
+    if options.lockstep is not None:
+        raise ValueError(
+            "lockstep must be None with a multi-node optimizer, got one with a communicator: each rank would see the "
+            "statistics of its own examples only; use MultiNodeBatchNormalization, or a single process"
+        )
+    return MultiNodeWindow
 
 
 def links_communicate(optimizer: chainer.Optimizer) -> bool:

@@ -13,6 +13,11 @@ ALL_SKIPPED = (
     "not finite; check the learning rate and the data"
 )
 
+OWN_PASS_MOVES = (
+    "running_statistics must be 'micro_batch' for your own passes, got 'update'; they have moved the running averages "
+    "already, so let window.add run them"
+)
+
 
 def check_loss(loss: object) -> None:
     """Raises TypeError unless the loss is a Variable, and ValueError unless it is a scalar or has a gradient."""
@@ -66,6 +71,14 @@ def not_finite(number: int, finding: str) -> FloatingPointError:
     return FloatingPointError(
         f"micro-batch {number} of the window is not finite: {finding}; check its data and the learning rate, or use "
         "nonfinite='skip'"
+    )
+
+
+def has_updated(num_updates: int) -> RuntimeError:
+    """Returns the error for an optimizer that has updated the parameters during a window."""
+    return RuntimeError(
+        f"the optimizer must not update within a window, got {num_updates} updates since it began; remove calls of "
+        "optimizer.update(), which the window calls when it ends, and other windows"
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from chainer_accum._arguments import check_choice
+from chainer_accum.lockstep import LockstepPolicy
 
 
 class WindowOptions(NamedTuple):
@@ -15,18 +16,25 @@ class WindowOptions(NamedTuple):
         nonfinite (str): What to do with a micro-batch whose loss or gradient is not finite: ``'keep'``, ``'skip'`` or
             ``'raise'``.
         running_statistics (str): When running averages move: with each ``'micro_batch'`` or once per ``'update'``.
+        lockstep (LockstepPolicy): How micro-batches wait for one another, or ``None`` if they do not.
 
     """
 
     loss_reduction: str = "mean"
     nonfinite: str = "keep"
     running_statistics: str = "micro_batch"
+    lockstep: Optional[LockstepPolicy] = None
 
     def checked(self) -> WindowOptions:
         """Returns these options, or raises ValueError if a value is unknown."""
         check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
         check_choice("nonfinite", self.nonfinite, ("keep", "skip", "raise"))
         check_choice("running_statistics", self.running_statistics, ("micro_batch", "update"))
+        if self.lockstep is not None and self.nonfinite == "skip":
+            raise ValueError(
+                "nonfinite must not be 'skip' with lockstep, got 'skip': a micro-batch cannot be taken out of the "
+                "statistics of the whole batch; use 'keep' or 'raise', or lockstep=None"
+            )
         return self
 
     @property
@@ -41,8 +49,8 @@ class WindowOptions(NamedTuple):
 
     @property
     def moves_averages_once(self) -> bool:
-        """Whether running averages move only once per update."""
-        return self.running_statistics == "update"
+        """Whether running averages must be kept from moving until the update. In lockstep, they move once anyway."""
+        return self.running_statistics == "update" and self.lockstep is None
 
 
 DEFAULTS = WindowOptions()

@@ -21,6 +21,7 @@ from chainer.functions.normalization.batch_normalization import BatchNormalizati
 from chainer.functions.normalization.batch_renormalization import BatchRenormalizationFunction
 
 from chainer_accum._devices import Array, device_of
+from chainer_accum.lockstep import Moments
 from chainer_accum.state import PersistentValues
 
 # The position of a call, as the chain of calls from the pass, and how often it was called there before.
@@ -59,30 +60,12 @@ class _Loan:
         return mean, variance
 
 
-class _Moments:
-    """Mean and variance of normalized values, one float64 array each, and the number of values behind each entry."""
-
-    def __init__(self, count: int, mean: Array, variance: Array) -> None:
-        self.count = count
-        self.mean = mean
-        self.variance = variance
-
-    def merge(self, other: _Moments) -> None:
-        """Adds the moments of other values, by the law of total variance."""
-        count = self.count + other.count
-        share = other.count / count
-        difference = other.mean - self.mean
-        self.variance += share * (other.variance - self.variance) + share * (1 - share) * difference * difference
-        self.mean += share * difference
-        self.count = count
-
-
 class _Move(NamedTuple):
     """A single move of running averages."""
 
     averages: Tuple[Array, ...]
     decay: float
-    moments: _Moments
+    moments: Moments
 
 
 Moves = Dict[int, Dict[_Call, _Move]]  # by id of the running mean
@@ -126,9 +109,7 @@ class _Collector(chainer.FunctionHook):
         with device_of(mean):
             count = in_data[0].size // mean.size
             # The function computes the unbiased estimate; merging needs the variance of the values themselves.
-            moments = _Moments(
-                count, mean.astype(numpy.float64), variance.astype(numpy.float64) * ((count - 1) / count)
-            )
+            moments = Moments(count, mean.astype(numpy.float64), variance.astype(numpy.float64) * ((count - 1) / count))
         moves = self._moves.setdefault(id(loan.averages[0]), {})
         site, times = self._site(), 0
         while (site, times) in moves:
@@ -179,8 +160,7 @@ class RunningStatistics:
             known = self._moves.setdefault(averages, {})
             for call, move in new.items():
                 if call in known:
-                    with device_of(move.moments.mean):
-                        known[call].moments.merge(move.moments)
+                    known[call].moments.merge(move.moments)
             if not new.keys() <= known.keys():
                 calls = _in_order(list(known), list(new))
                 self._moves[averages] = {call: known.get(call) or new[call] for call in calls}
@@ -195,13 +175,10 @@ class RunningStatistics:
                 link = finetuned[id(averages[0])][0]
                 link.N += 1
                 decay = 1.0 - 1.0 / link.N
-            unbiased = moments.count / max(moments.count - 1.0, 1.0)
-            for average, value in zip(averages, (moments.mean, unbiased * moments.variance)):
+            for average in averages:
                 for each in stored:
                     each.add(average)
-                with device_of(average):
-                    average *= decay
-                    average += (1 - decay) * value.astype(average.dtype)
+            moments.move(averages, decay)
         self._moves.clear()
 
     def end(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Dict, Iterable, Optional, Tuple
+from typing import ContextManager, Dict, Iterable, Optional, Tuple
 
 import chainer
 import numpy
@@ -94,6 +94,14 @@ class WeightedGradients:
             self._sums.merge(sums)
         self.weights.add(weight)
         return None
+
+    def adding(self) -> ContextManager[None]:
+        """Context manager in which further backward passes of losses that were added add their gradients."""
+        return self._sums.adding()
+
+    def are_finite(self) -> bool:
+        """Returns whether all sums are finite. This waits for the device."""
+        return are_finite(self._sums.arrays())
 
     def add_arrays(self, grads: Iterable[Tuple[chainer.Parameter, Array]], weight: float) -> None:
         """Adds gradients that the caller computed."""

@@ -15,9 +15,10 @@ import chainer
 
 from chainer_accum._arguments import check_callable, check_weight
 from chainer_accum._devices import are_finite
+from chainer_accum.observations import Reported
 from chainer_accum.state import DeferredSignals
 from chainer_accum.window.gradient_norms import GradientNorms
-from chainer_accum.window.losses import ALL_SKIPPED, check_loss, describe, not_finite
+from chainer_accum.window.losses import ALL_SKIPPED, OWN_PASS_MOVES, check_loss, describe, has_updated, not_finite
 from chainer_accum.window.options import DEFAULTS, WindowOptions
 from chainer_accum.window.pass_effects import PassEffects
 from chainer_accum.window.taken_gradients import mark_as_taken, take_gradients
@@ -49,10 +50,13 @@ class Window:
             it. If not, the caller abandons the window.
         looks_for_links (bool): Whether passes may call links that are not named.
         on_added (callable): Function called after each pass, with the weight of the pass and whether it counts.
+        on_reported (callable): Function called with what a pass has reported and the weight of the pass, if it does not
+            run in the current thread.
 
     Attributes:
         is_shared (bool): Whether other processes take part in the window, and wait for this one to update.
         is_repeatable (bool): Whether the passes can be repeated in a new window if one of them fails.
+        num_examples (int): Number of examples in the next pass, or ``None`` if unknown.
         num_micro_batches (int): Number of micro-batches added, including skipped ones.
         num_skipped (int): Number of micro-batches skipped because they are not finite.
         is_open (bool): ``False`` after the window was updated or one of its backward passes failed.
@@ -62,6 +66,7 @@ class Window:
 
     is_shared = False
     is_repeatable = True
+    num_examples: Optional[int] = None
 
     def __init__(
         self,
@@ -74,12 +79,14 @@ class Window:
         undoes_passes: bool = True,
         looks_for_links: bool = True,
         on_added: Optional[Callable[[float, bool], None]] = None,
+        on_reported: Optional[Callable[[Dict[str, Reported], float], None]] = None,
     ) -> None:
         self._optimizer = optimizer
         self._options = options
         self._expected_weight = expected_weight
         self._norms = norms
         self._on_added = on_added
+        self._on_reported = on_reported
         self._effects = PassEffects(
             optimizer.target,
             links,
@@ -93,10 +100,8 @@ class Window:
     def _begin(self) -> None:
         """Resets the window, so that it has no micro-batches."""
         # Chainer has no public way to read the scale. It is read once: a window has the same scale throughout.
-        scale = self._optimizer._loss_scale
-        self._gradients = WeightedGradients(
-            self._optimizer.target, self._options.is_mean, self._expected_weight, scale, self._norms
-        )
+        scale, target = self._optimizer._loss_scale, self._optimizer.target
+        self._gradients = WeightedGradients(target, self._options.is_mean, self._expected_weight, scale, self._norms)
         self._effects.begin()
         self._updates = self._optimizer.t
         self._has_taken_gradients = False
@@ -185,10 +190,7 @@ class Window:
         self.check_open()
         weight = check_weight(weight, "weight")
         if self._effects.is_collecting:
-            raise ValueError(
-                "running_statistics must be 'micro_batch' for your own passes, got 'update'; they have moved the "
-                "running averages already, so let window.add run them"
-            )
+            raise ValueError(OWN_PASS_MOVES)
         self.is_open = False  # until they have been added
         self._effects.forget_pass()
         self.num_micro_batches += 1
@@ -198,6 +200,9 @@ class Window:
         if is_counted and weight > 0:
             self._gradients.add_arrays(new, weight)
         return self._end_pass(None if is_counted else "its gradient is not", weight)
+
+    def run_passes(self) -> None:
+        """Completes the passes that wait for others, as :meth:`update` does."""
 
     def update(self) -> bool:
         """Sets the gradients of the window in the parameters and updates them once.
@@ -291,7 +296,4 @@ class Window:
             raise RuntimeError("this window was updated or one of its backward passes failed; begin a new window")
         if self._optimizer.t != self._updates:
             self.is_open = False
-            raise RuntimeError(
-                f"the optimizer must not update within a window, got {self._optimizer.t - self._updates} updates since "
-                "it began; remove calls of optimizer.update(), which the window calls when it ends, and other windows"
-            )
+            raise has_updated(self._optimizer.t - self._updates)

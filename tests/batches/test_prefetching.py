@@ -19,8 +19,8 @@ import pytest
 from chainer.iterators import SerialIterator
 from chainer.serializers import load_npz, save_npz
 from chainer.training.updaters import StandardUpdater
-from chainer_accum.batches import thread_state
 from chainer_accum.batches.prefetching import prepare_ahead, prepare_lazily
+from chainer_accum.state import thread_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

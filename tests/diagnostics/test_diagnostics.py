@@ -593,7 +593,7 @@ def test_many_micro_batches_are_not_all_listed():
 
 
 def test_the_page_shows_what_is_printed(tmp_path, capsys):
-    page = (pathlib.Path(__file__).parents[2] / "docs" / "diagnostics.md").read_text(encoding="utf-8")
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "not_exact.md").read_text(encoding="utf-8")
     model = make_model()
     namespace = {
         "chainer": chainer,

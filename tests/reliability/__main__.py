@@ -25,6 +25,7 @@ ROWS: Dict[str, str] = {
     "bad inputs": "bad inputs, refused",
     "random cases": "random cases, equal to `StandardUpdater`",
     "random programs": "random programs, equal to `StandardUpdater`",
+    "random networks in lockstep": "random networks in lockstep, equal to `StandardUpdater`",
     "interrupts": "interrupts at random bytecodes",
 }
 

@@ -160,8 +160,11 @@ UPDATES: Dict[str, Callable[[], Update]] = {
     "prefetched": functools.partial(gathered, prefetch=True),
     "scaled": functools.partial(gathered, loss_scale=128.0),
     "scaled dynamically": functools.partial(split, is_scaled=True),
+    "split, in lockstep": functools.partial(split, lockstep="memory"),
+    "gathered, in lockstep": functools.partial(gathered, lockstep="file"),
     "cached": functools.partial(split, updater_class=chainer_accum.CachedGradientUpdater, loss_func=_loss_of_encoded),
     "block": _with_block,
+    "block, in lockstep": functools.partial(_with_block, lockstep="memory"),
     "block, skipping, statistics of the window": functools.partial(
         _with_block, nonfinite="skip", running_statistics="update"
     ),

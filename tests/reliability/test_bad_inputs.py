@@ -246,6 +246,30 @@ BAD_INPUTS = {
         ValueError,
         "running_statistics must be one of 'micro_batch', 'update', got 'epoch'",
     ),
+    "an unknown store": (
+        lambda: updater(lockstep="disk"),
+        ValueError,
+        "lockstep must be None, 'memory', 'host', 'file' or an existing folder, got 'disk'; create the folder first, "
+        "or use lockstep='file' for the system's folder for temporary files",
+    ),
+    "a store that is True": (
+        lambda: updater(lockstep=True),
+        TypeError,
+        "lockstep must be None, 'memory', 'host', 'file' or a folder, got bool; use lockstep='memory' to keep what is "
+        "needed in memory",
+    ),
+    "lockstep that is to skip": (
+        lambda: updater(lockstep="memory", nonfinite="skip"),
+        ValueError,
+        "nonfinite must not be 'skip' with lockstep, got 'skip': a micro-batch cannot be taken out of the statistics "
+        "of the whole batch; use 'keep' or 'raise', or lockstep=None",
+    ),
+    "lockstep with buffers that are used again": (
+        lambda: updater(lockstep="memory", converter=chainer.dataset.ConcatWithAsyncTransfer()),
+        ValueError,
+        "converter must not be ConcatWithAsyncTransfer with lockstep, got both; it would overwrite a buffer of a "
+        "micro-batch that waits; use concat_examples",
+    ),
     "an unknown rule": (
         lambda: updater(observation_rules={"main/loss": "max"}),
         ValueError,

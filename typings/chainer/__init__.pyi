@@ -1,6 +1,6 @@
 # What chainer_accum uses of Chainer 7.8.1, for its own run of mypy. Chainer says that it is typed, but mostly is not.
 
-from typing import Any
+from typing import Any, Sequence
 
 from chainer import backend as backend
 from chainer import backends as backends
@@ -43,6 +43,7 @@ from chainer.variable import as_variable as as_variable
 
 __version__: str
 
+def backward(outputs: Sequence[Variable], grad_outputs: Sequence[Variable | None] | None = ...) -> None: ...
 def get_array_types() -> tuple[type[Any], ...]: ...
 def get_function_hooks() -> dict[str, FunctionHook]: ...
 def _get_link_hooks() -> dict[str, LinkHook]: ...

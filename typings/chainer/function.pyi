@@ -1,10 +1,13 @@
+import weakref
 from typing import Any, ContextManager
 
 from chainer.function_node import FunctionNode
 
-class Function: ...
+class Function:
+    _node: weakref.ReferenceType[FunctionAdapter] | None
 
 class FunctionAdapter(FunctionNode):
+    _function: Any
     # A Function, which is a class of its own, but has the names that hooks look up.
     @property
     def function(self) -> Any: ...

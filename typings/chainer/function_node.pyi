@@ -1,3 +1,4 @@
+import weakref
 from typing import Any, Sequence
 
 from chainer.types import NdArray
@@ -5,6 +6,11 @@ from chainer.variable import Variable, VariableNode
 
 class FunctionNode:
     inputs: tuple[VariableNode, ...]
+    outputs: tuple[weakref.ReferenceType[VariableNode], ...]
+    rank: int
+    _input_indexes_to_retain: tuple[int, ...] | None
+    _output_indexes_to_retain: tuple[int, ...] | None
+    _output_layouts: tuple[object | None, ...] | None
     @property
     def input_layouts(self) -> tuple[object | None, ...]: ...
     @property
@@ -14,3 +20,4 @@ class FunctionNode:
     def backward(
         self, target_input_indexes: tuple[int, ...], grad_outputs: tuple[Variable | None, ...]
     ) -> Sequence[Variable | None]: ...
+    def retain_inputs(self, indexes: Sequence[int]) -> None: ...

@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-from typing import Any, Callable, ContextManager, Dict, Generic, List, TypeVar
+from typing import Any, Callable, ContextManager, Dict, List, TypeVar
 
 import chainer
 import numpy
 from chainer.backends import cuda
-
-from chainer_accum.observations import Reported, reporting_to
 
 Result = TypeVar("Result")
 
@@ -24,15 +22,20 @@ class ThreadState:
     """The thread-local state of the current thread.
 
     It consists of Chainer's configuration, the current reporter, Python's context variables, NumPy's handling of
-    floating-point errors and its buffer size, and CuPy's device, stream and allocator. Function hooks and link hooks
-    stay with the thread that registered them: a hook such as :class:`~chainer.function_hooks.TimerHook` keeps a stack
-    of running functions, which two concurrent threads would corrupt.
+    floating-point errors and its buffer size, and CuPy's device, stream and allocator.
+
+    Function hooks and link hooks stay with the thread that registered them, unless asked for: a hook such as
+    :class:`~chainer.function_hooks.TimerHook` keeps a stack of running functions, which two concurrent threads would
+    corrupt.
 
     Call :meth:`run` once, in a thread that does nothing else, since it does not restore the state of that thread.
 
+    Args:
+        with_hooks (bool): Whether function hooks and link hooks belong to the state.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, with_hooks: bool = False) -> None:
         self._variables = contextvars.copy_context()
         self._config = dict(vars(chainer.config._local))
         self._reporter = _reporter_for_another_thread()
@@ -40,6 +43,7 @@ class ThreadState:
         self._errors = numpy.errstate(call=handler, **numpy.geterr())
         self._buffer_size = numpy.getbufsize()
         self._of_cupy = _state_of_cupy()
+        self._hooks = [table.copy() if with_hooks else {} for table in hook_tables()]
 
     def run(self, function: Callable[[], Result]) -> Result:
         """Calls the function in the current thread with the stored state and returns its result."""
@@ -53,35 +57,9 @@ class ThreadState:
             for state in [self._reporter, self._errors, *self._of_cupy]:
                 stack.enter_context(state)
             numpy.setbufsize(self._buffer_size)
+            for table, hooks in zip(hook_tables(), self._hooks):
+                table.update(hooks)
             return function()
-
-
-class Outcome(Generic[Result]):
-    """The outcome of a call in one thread, for another thread to take over: result or exception, and reports.
-
-    Args:
-        function (callable): Function without arguments. It is called immediately.
-
-    """
-
-    def __init__(self, function: Callable[[], Result]) -> None:
-        self._observation: Dict[str, Reported] = {}
-        self._results: List[Result] = []
-        self._errors: List[BaseException] = []
-        with reporting_to(self._observation):
-            try:
-                self._results.append(function())
-            except BaseException as error:
-                self._errors.append(error)
-
-    def take_over(self) -> Result:
-        """Forwards the reports, and returns the result or raises the exception. It can be called once."""
-        with contextlib.suppress(IndexError):  # there is no reporter
-            # Not chainer.report(), which would add prefixes that the keys already have.
-            chainer.get_current_reporter().observation.update(self._observation)
-        if self._errors:
-            raise self._errors.pop()  # popped, since its traceback refers to this object
-        return self._results.pop()
 
 
 def _reporter_for_another_thread() -> ContextManager[object]:
@@ -101,3 +79,8 @@ def _state_of_cupy() -> List[ContextManager[object]]:
         device, stream = cupy_cuda.Device(), cupy_cuda.get_current_stream()
         return [device, stream, cupy_cuda.using_allocator(cupy_cuda.get_allocator())]
     return []
+
+
+def hook_tables() -> List[Dict[str, Any]]:
+    """Returns the function hooks and the link hooks of the current thread."""
+    return [chainer.get_function_hooks(), chainer._get_link_hooks()]

@@ -1,0 +1,3 @@
+from chainer.function_node import FunctionNode
+
+class Deconvolution2DFunction(FunctionNode): ...
