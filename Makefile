@@ -118,6 +118,7 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/weight_gradients.py >benchmarks/weight_gradients.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/memory.py >benchmarks/memory.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/growth.py >benchmarks/growth.md
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/lockstep.py >benchmarks/lockstep.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/auto.py >benchmarks/auto.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/prefetch.py >benchmarks/prefetch.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/noise_scale.py >benchmarks/noise_scale.md

@@ -14,16 +14,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
 
 
-def measure_for(contestants: Dict[str, Callable[[], None]], seconds: float) -> Dict[str, List[float]]:
+def measure_for(
+    contestants: Dict[str, Callable[[], None]], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> Dict[str, List[float]]:
     """Returns the seconds of each run, in as many rounds as take about ``seconds``, but not too few or too many."""
     start = time.perf_counter()
     for contestant in contestants.values():
         contestant()
     rounds = int(seconds / (time.perf_counter() - start))
-    return measure(contestants, min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS))
+    return measure(contestants, min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS), clock)
 
 
-def measure(contestants: Dict[str, Callable[[], None]], rounds: int) -> Dict[str, List[float]]:
+def measure(
+    contestants: Dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> Dict[str, List[float]]:
     """Returns the seconds of each run; in each round, all run once, in an order that rotates."""
     names = list(contestants)
     seconds: Dict[str, List[float]] = {name: [] for name in names}
@@ -32,9 +36,9 @@ def measure(contestants: Dict[str, Callable[[], None]], rounds: int) -> Dict[str
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
+            start = clock()
             contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

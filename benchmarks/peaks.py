@@ -1,14 +1,18 @@
-"""Peak memory: the most that NumPy and Python have allocated at a time (``tracemalloc``)."""
+"""Peak memory: the most that NumPy and Python have allocated at a time (``tracemalloc``), or that was resident."""
 
 from __future__ import annotations
 
 import gc
 import tracemalloc
-from typing import Any, Type
+from pathlib import Path
+from typing import Any, Callable, Type
 
 import chainer_accum  # noqa: F401  (before chainer, which it makes importable)
 import chainer
 from workloads import Workload
+
+# Has the C library give back each array of 64 KiB or more as it is freed, so that what is resident is what is in use.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def peak(
@@ -27,3 +31,17 @@ def peak(
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def resident_mib(key: str = "VmRSS") -> float:
+    """Returns the MiB of the process that are resident, or that have been at the peak, ``"VmHWM"``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def resident_peak(function: Callable[[], None]) -> float:
+    """Returns the MiB that are resident at the peak of a function."""
+    gc.collect()  # what was measured before
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    function()
+    return resident_mib("VmHWM")

@@ -16,15 +16,16 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import chainer_accum  # noqa: F401  (before chainer, which it makes importable)
 import chainer
 import numpy
 import peers_in_chainer
 from pairs import keep_freed_memory, measure, ratios
+from peaks import MALLOC, resident_mib, resident_peak
 from peers_in_chainer import Contestant, Job, parameters_of
-from workloads import WORKLOADS, describe_machine
+from workloads import DROPOUT_MLP, NORMALIZED_MLP, WORKLOADS, Workload, describe_machine
 
 if importlib.util.find_spec("torch"):
     import peers_in_torch
@@ -39,8 +40,6 @@ K = 16
 MEMORY_STEPS = (1, 4, 16, 64)
 MEMORY_WORKLOAD = WORKLOADS[-1]  # most of whose memory is for activations
 MIB_TICKS = (10, 20, 50, 100, 200, 500)
-# Has the C library give back each array of 64 KiB or more as it is freed, so that what is resident is what is in use.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 class Case(NamedTuple):
@@ -71,11 +70,12 @@ def main() -> None:
         return
     print(f"# Peers, side by side\n\n{__doc__.split(chr(10), 2)[2].strip()}\n")
     print(f"Machine: {describe_machine()}{describe_packages()}.\n")
-    for name, make in all_contestants().items():
+    for name, make in {**all_contestants(), **peers_in_chainer.LOCKSTEP}.items():
         print(f"- {name}: {' '.join(make.__doc__.split())}")
     times = print_times(args.rounds)
     peaks_by_name = print_peaks()
     print_deviations()
+    print_deviations_with_normalization()
     plot(times, peaks_by_name, args.plot)
     print(f"\n![Time over the floor, and peak memory by k]({args.plot.name})\n")
     rounds = " ".join(map(str, args.rounds))
@@ -168,20 +168,9 @@ def peaks(make: Callable[[Job], Contestant]) -> List[float]:
     dataset = MEMORY_WORKLOAD.make_dataset(max(MEMORY_STEPS) * size)
     make(Job(MEMORY_WORKLOAD, dataset[:1], 1, 1)).window()  # allocates what libraries keep
     gc.collect()
-    before = _resident_mib("VmRSS")
-    result = []
-    for k in MEMORY_STEPS:
-        window = make(Job(MEMORY_WORKLOAD, dataset[: k * size], size, k)).window
-        gc.collect()  # the contestant before it
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-        window()
-        result.append(_resident_mib("VmHWM") - before)
-    return result
-
-
-def _resident_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+    before = resident_mib()
+    jobs = [Job(MEMORY_WORKLOAD, dataset[: k * size], size, k) for k in MEMORY_STEPS]
+    return [resident_peak(make(job).window) - before for job in jobs]
 
 
 # Correctness
@@ -208,10 +197,36 @@ harm. The micro-batches are:
         print(f"| {name} | {' | '.join(f'{value:.1e}' for value in [*deviations, max(deviations)])} |")
 
 
-def deviation(make: Callable[[Job], Contestant], case: Case) -> float:
+def print_deviations_with_normalization() -> None:
+    """Prints the table of deviations for networks with something that looks at the batch."""
+    print(f"""
+## The same with batch normalization
+
+The same for the small MLP with a batch normalization after each of its hidden layers, whose statistics in the whole
+batch are those of all examples; and, in the column *dropout*, with dropout as well, whose masks come from NumPy's
+generator with the same seed, for micro-batches that are all alike. PyTorch {
+        "has other generators, so its rows have no dropout"
+        if "PyTorch" in FRAMEWORKS
+        else "was not installed when this table was made"
+    }.
+""")
+    print(f"| | {' | '.join(case.name for case in CASES)} | dropout |\n|{' --- |' * (len(CASES) + 2)}")
+    in_chainer = {**peers_in_chainer.LOCKSTEP, **peers_in_chainer.CONTESTANTS}
+    for name, make in {**in_chainer, **all_contestants()}.items():
+        deviations = deviations_with_normalization(make, name in in_chainer)
+        print(f"| {name} | {' | '.join('–' if value is None else f'{value:.1e}' for value in deviations)} |")
+
+
+def deviations_with_normalization(make: Callable[[Job], Contestant], has_dropout: bool) -> List[Optional[float]]:
+    """Returns the deviations in all cases, and with dropout if the contestant draws as Chainer does."""
+    deviations: List[Optional[float]] = [deviation(make, case, NORMALIZED_MLP) for case in CASES]
+    return [*deviations, deviation(make, CASES[0], DROPOUT_MLP) if has_dropout else None]
+
+
+def deviation(make: Callable[[Job], Contestant], case: Case, workload: Workload = WORKLOADS[0]) -> float:
     """Returns the largest deviation of a step, relative to the change of the parameters of the same array."""
     # A large step, so that what is measured is the rounding of the gradient, not that of the parameters it is added to.
-    job = Job(WORKLOADS[0], make_case(case), max(case.sizes), CASE_STEPS, learning_rate=16.0, weight_func=count_labels)
+    job = Job(workload, make_case(case), max(case.sizes), CASE_STEPS, learning_rate=16.0, weight_func=count_labels)
     initial = [param.array.astype(numpy.float64) for param in parameters_of(job.make_model())]
     contestant = make(job)
     contestant.window()

@@ -51,13 +51,18 @@ def floor(job: Job) -> Contestant:
     return _contestant(window, optimizer)
 
 
-def accumulating_updater(job: Job) -> Contestant:
+def accumulating_updater(job: Job, lockstep: Optional[str] = None) -> Contestant:
     """``accumulation_steps=k``, and a ``weight_func`` that counts labels where some are to be ignored."""
     optimizer, iterator = _set_up(job)
     updater = chainer_accum.AccumulatingUpdater(
-        iterator, optimizer, accumulation_steps=job.k, weight_func=job.weight_func
+        iterator, optimizer, accumulation_steps=job.k, weight_func=job.weight_func, lockstep=lockstep
     )
     return _contestant(_make_loop(updater, 1), optimizer)
+
+
+def lockstep(job: Job) -> Contestant:
+    """AccumulatingUpdater with ``lockstep='memory'``, in the last table, whose networks look at the whole batch."""
+    return accumulating_updater(job, "memory")
 
 
 def loss_over_k(job: Job) -> Contestant:
@@ -125,12 +130,14 @@ CONTESTANTS: Dict[str, Callable[[Job], Contestant]] = {
     "Chainer, losses summed, one backward": sum_of_losses,
     "Chainer, update at each k-th call (ESPnet)": update_at_each_kth_call,
 }
+LOCKSTEP = {"chainer_accum, AccumulatingUpdater in lockstep": lockstep}  # where something looks at the batch
 
 
 def parameters_of(model: chainer.Chain) -> List[chainer.Parameter]:
     """Returns the parameters layer by layer, an order that ``params()`` does not keep if functions stand between."""
     layers = (layer for layer in model.predictor if isinstance(layer, chainer.Link))
-    return [param for layer in layers for param in (layer.W, layer.b)]
+    params = (getattr(layer, name, None) for layer in layers for name in ("W", "gamma", "b", "beta"))
+    return [param for param in params if param is not None]
 
 
 def _set_up(job: Job) -> Tuple[Any, Any]:

@@ -183,7 +183,10 @@ def set_up(job: Job) -> Tuple[nn.Module, torch.optim.Optimizer, DataLoader]:
     layers: list = []
     for layer in job.make_model().predictor:
         if isinstance(layer, L.Linear):
-            layers += [nn.Flatten(), _copy(layer, nn.Linear(layer.W.shape[1], layer.W.shape[0]))]
+            n_out, n_in = layer.W.shape
+            layers += [nn.Flatten(), _copy(layer, nn.Linear(n_in, n_out, bias=layer.b is not None))]
+        elif isinstance(layer, L.BatchNormalization):
+            layers.append(_copy_normalization(layer, nn.BatchNorm1d(len(layer.gamma), layer.eps, 1 - layer.decay)))
         elif isinstance(layer, L.Convolution2D):
             n_out, n_in, *ksize = layer.W.shape
             layers.append(_copy(layer, nn.Conv2d(n_in, n_out, tuple(ksize), layer.stride, layer.pad)))
@@ -197,7 +200,15 @@ def set_up(job: Job) -> Tuple[nn.Module, torch.optim.Optimizer, DataLoader]:
 def _copy(link: Any, module: nn.Module) -> nn.Module:
     with torch.no_grad():
         module.weight.copy_(torch.from_numpy(link.W.array))
-        module.bias.copy_(torch.from_numpy(link.b.array))
+        if link.b is not None:
+            module.bias.copy_(torch.from_numpy(link.b.array))
+    return module
+
+
+def _copy_normalization(link: Any, module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(link.gamma.array))
+        module.bias.copy_(torch.from_numpy(link.beta.array))
     return module
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from typing import Any, Callable, List, NamedTuple, Tuple
@@ -81,6 +82,81 @@ class Unrolled(chainer.Chain):
 
 # Whose weights are used in each of its steps.
 LSTM = Workload("LSTM of 256 units, 20 steps", lambda: [Unrolled(64, 256), L.Linear(256, 10)], (20, 64), 16)
+
+
+class Residual(chainer.Chain):
+    """Two convolutions with batch normalization and a way around them."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        with self.init_scope():
+            self.first = convolve_and_normalize(in_channels, out_channels, 3, stride)
+            self.second = convolve_and_normalize(out_channels, out_channels, 3)
+            if in_channels != out_channels:
+                self.projection = convolve_and_normalize(in_channels, out_channels, 1, stride)
+
+    def forward(self, x: chainer.Variable) -> chainer.Variable:
+        y = self.second(F.relu(self.first(x)))
+        return F.relu(y + (self.projection(x) if hasattr(self, "projection") else x))
+
+
+def convolve_and_normalize(in_channels: int, out_channels: int, ksize: int, stride: int = 1) -> chainer.Sequential:
+    """Returns a convolution and a batch normalization."""
+    convolution = L.Convolution2D(in_channels, out_channels, ksize, stride, ksize // 2, nobias=True)
+    return chainer.Sequential(convolution, L.BatchNormalization(out_channels))
+
+
+def mean_of_pixels(x: chainer.Variable) -> chainer.Variable:
+    """Averages over height and width."""
+    return F.average(x, axis=(2, 3))
+
+
+def normalized_mlp(*dropout: Callable[..., Any]) -> List[Any]:
+    """Returns the layers of the small MLP with batch normalizations, and with dropout if it is given."""
+    layers: List[Any] = []
+    for in_size in (64, 256):
+        layers += [L.Linear(in_size, 256, nobias=True), L.BatchNormalization(256), F.relu, *dropout]
+    return [*layers, L.Linear(256, 10)]
+
+
+NORMALIZED_MLP = Workload("small MLP with batch normalization", normalized_mlp, (64,), 32)
+DROPOUT_MLP = Workload(
+    "small MLP with batch normalization and dropout", functools.partial(normalized_mlp, F.dropout), (64,), 32
+)
+
+
+NORMALIZED = [
+    Workload(
+        "CNN, four 3×3 convolutions of 32 and 64 channels, 32×32",
+        lambda: [
+            *(convolve_and_normalize(3, 32, 3), F.relu, convolve_and_normalize(32, 32, 3), F.relu, pool),
+            *(convolve_and_normalize(32, 64, 3), F.relu, convolve_and_normalize(64, 64, 3), F.relu, mean_of_pixels),
+            L.Linear(64, 10),
+        ],
+        (3, 32, 32),
+        32,
+    ),
+    Workload(
+        "residual network, 9 convolutions of 16 to 64 channels, 32×32",
+        lambda: [
+            *(convolve_and_normalize(3, 16, 3), F.relu, Residual(16, 16), Residual(16, 32, 2), Residual(32, 64, 2)),
+            *(mean_of_pixels, L.Linear(64, 10)),
+        ],
+        (3, 32, 32),
+        32,
+    ),
+]
+# The first of them without its normalizations.
+NOT_NORMALIZED = Workload(
+    "the CNN without normalization",
+    lambda: [
+        *(L.Convolution2D(3, 32, 3, pad=1), F.relu, L.Convolution2D(32, 32, 3, pad=1), F.relu, pool),
+        *(L.Convolution2D(32, 64, 3, pad=1), F.relu, L.Convolution2D(64, 64, 3, pad=1), F.relu, mean_of_pixels),
+        L.Linear(64, 10),
+    ],
+    (3, 32, 32),
+    32,
+)
 
 
 def describe_machine() -> str:

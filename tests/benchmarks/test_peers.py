@@ -11,6 +11,7 @@ from helpers import table_below
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TABLE = table_below((BENCHMARKS / "peers.md").read_text(encoding="utf-8"), "## Deviation")
+NORMALIZED = table_below((BENCHMARKS / "peers.md").read_text(encoding="utf-8"), "## The same with batch normalization")
 COMMITTED = {name: [float(cell) for cell in cells] for name, *cells in TABLE}
 EXACT = 1e-6
 
@@ -52,3 +53,22 @@ def test_updates_at_each_kth_call_leave_out_what_is_left_at_the_end_of_the_data(
     case = next(case for case in peers.CASES if len(case.sizes) < peers.CASE_STEPS)
     assert peers.deviation(peers.peers_in_chainer.update_at_each_kth_call, case) == 1
     assert peers.deviation(peers.peers_in_chainer.loss_over_k, case) == pytest.approx(1 / 4, abs=1e-5)
+
+
+def test_with_batch_normalization_and_dropout_only_lockstep_is_exact(peers: Any) -> None:
+    contestants = {**peers.peers_in_chainer.LOCKSTEP, **peers.peers_in_chainer.CONTESTANTS}
+    for name, make in contestants.items():
+        deviations = peers.deviations_with_normalization(make, has_dropout=True)
+        if name in peers.peers_in_chainer.LOCKSTEP:
+            assert max(deviations) < 2 * EXACT
+        else:
+            assert min(deviations) > 0.1, name
+
+
+def test_the_committed_deviations_with_batch_normalization_are_of_all_contestants_of_chainer(peers: Any) -> None:
+    rows = {name: cells for name, *cells in NORMALIZED}
+    assert next(iter(rows)) in peers.peers_in_chainer.LOCKSTEP
+    assert set(rows) >= {*peers.peers_in_chainer.LOCKSTEP, *peers.peers_in_chainer.CONTESTANTS}
+    for name, cells in rows.items():
+        values = [float(cell) for cell in cells if cell != "–"]
+        assert max(values) < 2 * EXACT if name in peers.peers_in_chainer.LOCKSTEP else min(values) > 0.1, name
