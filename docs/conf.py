@@ -31,7 +31,7 @@ napoleon_use_ivar = True
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"chainer(\..*)?"),
-    (r"py:class", r"callable|device specifier|sequence"),
+    (r"py:class", r"callable|device specifier|sequence|LockstepPolicy"),
     (r"py:(attr|meth)", r"[a-z_]+|chainer_accum\.AccumulatingUpdater\.[a-z_]+"),
 ]
 

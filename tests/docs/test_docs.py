@@ -9,6 +9,7 @@ import re
 import chainer_accum
 import chainer
 import pytest
+from chainer_accum import functions
 from chainer.training import Trainer
 
 from helpers import dead_links, make_dataset, make_model, serial, table_below
@@ -83,12 +84,12 @@ def test_every_page_is_linked():
 def test_every_public_name_is_on_a_page_and_in_the_reference():
     text = "".join((DOCS / name).read_text(encoding="utf-8") for name in PAGES)
     reference = re.findall(r"^.. auto(?:class|function):: (.*)$", (DOCS / "api.rst").read_text("utf-8"), re.MULTILINE)
-    for name in [*chainer_accum.__all__, *chainer_accum.extensions.__all__]:
-        assert name in text, name
-        module = chainer_accum if name in chainer_accum.__all__ else chainer_accum.extensions
-        assert f"{module.__name__}.{name}" in reference
-        public = getattr(module, name)
-        assert public.__doc__ and ("Args:" in public.__doc__ or not inspect.signature(public).parameters), name
+    for module in (chainer_accum, chainer_accum.extensions, functions):
+        for name in module.__all__:
+            assert name in text, name
+            assert f"{module.__name__}.{name}" in reference
+            public = getattr(module, name)
+            assert public.__doc__ and ("Args:" in public.__doc__ or not inspect.signature(public).parameters), name
 
 
 def test_every_table_of_the_benchmarks_is_among_the_results():

@@ -27,7 +27,9 @@ def test_the_code_runs():
         "train_iter": serial(make_dataset(), 2),
         "optimizer": optimizer,
     }
-    updating, adding, wrapping = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    importing, updating, adding, wrapping = code.split("\n\n")
+    exec(importing, namespace)
     exec(updating, namespace)
     namespace["updater"].update()
     assert (namespace["updater"].accumulation_steps, optimizer.t) == (8, 1)

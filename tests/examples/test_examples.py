@@ -36,7 +36,7 @@ def rows_of(table: str) -> List[List[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
-def test_digits_shows_three_ways_that_end_in_the_same_parameters_with_less_memory(tmp_path: Path) -> None:
+def test_digits_shows_that_lockstep_is_exact_with_less_memory(tmp_path: Path) -> None:
     printed = run_program(
         DIGITS, "--epoch", "2", "--batch-size", "64", "--micro-batch-size", "16", "--out", str(tmp_path)
     )
@@ -45,15 +45,19 @@ def test_digits_shows_three_ways_that_end_in_the_same_parameters_with_less_memor
     assert table in printed
     assert "Warning" not in printed
     rows = rows_of(table)
-    assert len(rows) == 3, printed
+    assert len(rows) == 4, printed
     _, differences, losses, _, peaks, _ = zip(*rows)
-    assert float(differences[0]) == 0
-    assert max(map(float, differences)) < 1e-5, printed
-    assert max(map(float, losses)) - min(map(float, losses)) < 1e-5, printed
-    full, gathered, split = (float(peak.replace("MiB", "")) for peak in peaks)
-    assert max(gathered, split) < full / 2, printed
+    whole, memory, file, alone = map(float, differences)
+    assert whole == 0
+    assert max(memory, file) < 1e-5 < 1e-2 < alone, printed
+    whole_loss, memory_loss, file_loss, alone_loss = map(float, losses)
+    assert max(abs(loss - whole_loss) for loss in (memory_loss, file_loss)) < 1e-5 < abs(alone_loss - whole_loss), (
+        printed
+    )
+    full, in_memory, in_file, _ = (float(peak.replace("MiB", "")) for peak in peaks)
+    assert in_file < in_memory < full / 2, printed
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    for way in ("full_batch", "gathered", "split"):
+    for way in ("full_batch", "lockstep_memory", "lockstep_file", "alone"):
         assert (tmp_path / way / "log").exists()
         assert (tmp_path / way / "loss.png").exists()
         assert len(list((tmp_path / way).glob("snapshot_iter_*"))) == 1

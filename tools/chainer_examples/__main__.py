@@ -2,7 +2,7 @@
 
 Usage: ``python tools/chainer_examples CHECKOUT [PROGRAM ...]``, where ``CHECKOUT`` is a copy of Chainer's
 repository at v7.8.1. Each program runs its own code, from its command line on. Only the data are made up, and training
-stops after a few updates. The result is in ``docs/chainer_examples.md``.
+stops after a few updates. The result is in ``docs/migrating.md``.
 """
 
 from __future__ import annotations
