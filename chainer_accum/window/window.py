@@ -135,7 +135,7 @@ class Window:
 
         Args:
             lossfun (callable): Loss function. It returns a scalar :class:`~chainer.Variable`. If it has an argument
-                called ``weight``, write ``window.add(lambda: model(x, weight=w), weight=len(x))``.
+                called ``weight``, write ``window.add(lambda x: model(x, weight=w), x, weight=len(x))``.
             *args: Arguments for the loss function.
             **kwargs: Keyword arguments for the loss function.
             weight (float): Weight of this loss, a number of 0 or more. With 0, there is no backward pass.
