@@ -100,7 +100,6 @@ TARGETS = (
     Target("time", MEMORY, WHOLE, 1),
     Target("time", FILE, WHOLE, 1),
     Target("time", MEMORY, PLAIN, 1.03, [NOT_NORMALIZED]),
-    Target("peak", MEMORY, PLAIN, 1.03, [NOT_NORMALIZED]),
 )
 
 
