@@ -29,6 +29,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy
 from chainer.training.updaters import StandardUpdater
+from growth import Growth
 from pairs import keep_freed_memory, measure, measure_for, ratios
 from peaks import MALLOC, resident_mib, resident_peak
 from workloads import (
@@ -60,15 +61,6 @@ class Job(NamedTuple):
             return [*(layer for block in blocks for layer in block), mean_of_pixels, L.Linear(16, 10)]
 
         return Workload(f"{self.normalizations} convolutions", make_layers, (16, 16, 16), 16)
-
-
-class Growth(NamedTuple):
-    """What grows, and what does not."""
-
-    name: str  # of what grows, in a job
-    title: str
-    others: str
-    jobs: Sequence[Job]
 
 
 GROWTHS = (

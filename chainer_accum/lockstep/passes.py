@@ -147,9 +147,7 @@ class Pass:
         if x.array is None or x.layout is not None or (link.axis is None and link.avg_mean is None):
             return
         axis = link.axis or axis_of(x.ndim, link.avg_mean.ndim, None)
-        visit = NormalizationVisit(x.array, axis, self._shared.store, self._shared.gate, self._shared.moves, link)
-        self.meet(visit)
-        self._normalization = x, visit
+        self._normalization = x, self._meet_to_normalize(x.array, axis, link)
 
     def begin_function(self, function: chainer.FunctionNode, in_data: Tuple[Array, ...]) -> None:
         """Called before a function's forward pass."""
@@ -191,13 +189,14 @@ class Pass:
         if pending is not None and pending[0].array is in_data[0]:
             visit = pending[1]
         else:
-            x, axis = in_data[0], axis_of_function(function, in_data)
-            visit = NormalizationVisit(
-                x, axis, self._shared.store, self._shared.gate, self._shared.moves, function.running_mean
-            )
-            self.meet(visit)
+            visit = self._meet_to_normalize(in_data[0], axis_of_function(function, in_data), function.running_mean)
         visit.enter(function)
         return functools.partial(visit.note_inputs, self._tape)
+
+    def _meet_to_normalize(self, x: Array, axis: Tuple[int, ...], of: object) -> NormalizationVisit:
+        visit = NormalizationVisit(x, axis, self._shared.store, self._shared.gate, self._shared.moves, of)
+        self.meet(visit)
+        return visit
 
     def _take_turn(self, function: chainer.FunctionNode, in_data: Tuple[Array, ...]) -> Optional[Callable[[], None]]:
         """Waits until this pass may draw, and returns a function that makes the generators draw the same again."""

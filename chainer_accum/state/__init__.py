@@ -9,7 +9,7 @@ from chainer_accum.state.random_state import RandomState, devices_of
 from chainer_accum.state.signals import DeferredSignals
 from chainer_accum.state.snapshots import load_snapshot
 from chainer_accum.state.thread_state import ThreadState, hook_tables
-from chainer_accum.state.touched_links import links_behind
+from chainer_accum.state.touched_links import captured_by, links_behind
 from chainer_accum.state.training_state import TrainingState
 from chainer_accum.state.used_links import UsedLinks
 
@@ -20,6 +20,7 @@ __all__ = [
     "ThreadState",
     "TrainingState",
     "UsedLinks",
+    "captured_by",
     "devices_of",
     "hook_tables",
     "links_behind",

@@ -164,12 +164,16 @@ def _referred(thing: object) -> Iterable[object]:
     if isinstance(thing, types.FunctionType):
         if (thing.__module__ or "").split(".")[0] == "chainer":
             return ()
-        cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != types.CellType()]
-        names = _names_in(thing.__code__)
-        return [*cells, thing.__defaults__, thing.__kwdefaults__, *[thing.__globals__.get(name) for name in names]]
+        return [*captured_by(thing), thing.__defaults__, thing.__kwdefaults__]
     if isinstance(thing, chainer.Link) or library not in ("chainer", "numpy", "cupy", "builtins"):
         return getattr(thing, "__dict__", {}).values()
     return ()
+
+
+def captured_by(function: types.FunctionType) -> List[object]:
+    """Returns what a function finds when it is called: the contents of its closure, and the globals that it names."""
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    return [*cells, *[function.__globals__.get(name) for name in _names_in(function.__code__)]]
 
 
 def _names_in(code: types.CodeType) -> List[str]:

@@ -13,7 +13,7 @@ from chainer_accum._arguments import check_callable, check_weight
 from chainer_accum._devices import are_finite
 from chainer_accum.lockstep import Draws, Lockstep, LockstepPolicy, NeedsCare, Pass, checksum, run_alone
 from chainer_accum.observations import Reported, reporting_to
-from chainer_accum.state import RandomState, links_behind
+from chainer_accum.state import RandomState, captured_by, links_behind
 from chainer_accum.window.losses import check_loss, describe
 from chainer_accum.window.window import Window
 
@@ -69,7 +69,9 @@ class LockstepWindow(Window):
         """
         self.check_open()
         if self._has_run:
-            raise RuntimeError("all micro-batches must be added before the passes run in lockstep, got one after it")
+            raise RuntimeError(
+                "all micro-batches must be added before the passes run in lockstep, got one after they ran"
+            )
         check_callable("lossfun", lossfun, "pass a function that returns the loss, or the model")
         weight = check_weight(weight, "weight")
         num_examples = _count([*args, *kwargs.values()]) if self.num_examples is None else self.num_examples
@@ -232,12 +234,8 @@ def _count(values: Iterable[Any]) -> Optional[int]:
 
 def _inputs_of(function: functools.partial[Any]) -> List[Any]:
     """Returns what a function takes from outside when it is called: arguments, closure and globals."""
-    inputs = [*function.args, *function.keywords.values()]
-    inner = function.func
-    if isinstance(inner, types.FunctionType):
-        inputs += [cell.cell_contents for cell in inner.__closure__ or () if cell != types.CellType()]
-        inputs += [inner.__globals__.get(name) for name in inner.__code__.co_names]
-    return inputs
+    captured = captured_by(function.func) if isinstance(function.func, types.FunctionType) else []
+    return [*function.args, *function.keywords.values(), *captured]
 
 
 def _snapshot(function: functools.partial[Any]) -> List[Tuple[Any, Optional[int]]]:
