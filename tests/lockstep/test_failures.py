@@ -651,7 +651,7 @@ def test_no_thread_is_left_after_many_windows_that_fail(store: str) -> None:
     run.update()
     before = threading.active_count()
     with unchanged(run):
-        for number in range(72):
+        for number in range(500):
             run.model.arm(number % 3, STAGES[number % len(STAGES)], ERRORS[number % len(ERRORS)])
             with pytest.raises(ERRORS[number % len(ERRORS)]):
                 run.update()
