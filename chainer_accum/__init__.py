@@ -7,6 +7,7 @@ prepare_chainer()
 from chainer_accum import extensions as extensions  # noqa: E402
 from chainer_accum import functions as functions  # noqa: E402
 from chainer_accum.accumulation import accumulate  # noqa: E402
+from chainer_accum.batches import TokenBudget  # noqa: E402
 from chainer_accum.cached_gradients import CachedGradientUpdater  # noqa: E402
 from chainer_accum.diagnostics import check_equivalence  # noqa: E402
 from chainer_accum.optimizer import create_accumulating_optimizer  # noqa: E402
@@ -20,6 +21,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AccumulatingUpdater",
     "CachedGradientUpdater",
+    "TokenBudget",
     "accumulate",
     "check_equivalence",
     "create_accumulating_optimizer",

@@ -14,6 +14,7 @@ from chainer_accum._trainer import is_trainer_failing
 from chainer_accum.batches import (
     Arguments,
     EpochRecord,
+    Load,
     MicroBatch,
     MicroBatches,
     MicroBatchSize,
@@ -23,7 +24,7 @@ from chainer_accum.batches import (
     count_examples,
     prepare_ahead,
     prepare_lazily,
-    retryable_memory_errors,
+    together,
 )
 from chainer_accum.observations import ObservationRules, Observations, Reported, reporting_to
 from chainer_accum.state import DeferredSignals, RandomState, UsedLinks, serialize_mixed_precision
@@ -135,12 +136,13 @@ class WindowUpdater(StandardUpdater):
         for name, optimizer in self.get_all_optimizers().items():
             serialize_mixed_precision(optimizer, serializer, f"mixed_precision:{name}:")
         self._epochs.serialize(serializer)
+        self._size.serialize(serializer["micro_batch_size"])
         if isinstance(serializer, chainer.Deserializer):
             self._steps = self._schedule.known(self) or self._steps
 
     def _is_standard(self) -> bool:
         """Returns whether ``StandardUpdater`` can take the step: one pass, and nothing else to do."""
-        is_one_pass = self._schedule.is_always_one and self._size.size is None
+        is_one_pass = self._schedule.is_always_one and self._size.leaves_whole
         is_alone = communicator_of(self.get_optimizer("main")) is None
         return is_one_pass and is_alone and not self._splits_when_out_of_memory and not self._options.checks_values
 
@@ -177,7 +179,7 @@ class WindowUpdater(StandardUpdater):
         return MicroBatches(
             self.get_iterator("main"),
             steps,
-            self._size.size,
+            self._size,
             self.weight_func,
             self._epoch_boundary,
             is_repeatable=self._keeps_examples(steps),
@@ -206,13 +208,13 @@ class WindowUpdater(StandardUpdater):
             try:
                 return self._try_passes(self._window, micro_batches, observations)
             except OutOfMemory as error:
-                failed, cause = error.num_examples, str(error)
+                failed = error
             self._window.abandon()
             self._window = None  # frees everything that the failed pass held
             if random_state is not None:
                 random_state.restore()
-            self._size.make_room(failed, cause, self.get_optimizer("main").target.device)
-            micro_batches.begin_again(self._size.size)
+            self._size.make_room(failed, self.get_optimizer("main").target.device)
+            micro_batches.begin_again()
 
     def _begin_window(self, micro_batches: MicroBatches, observations: Observations) -> Window:
         measures_norms = self.gradient_norm_interval and (self.iteration + 1) % self.gradient_norm_interval == 0
@@ -231,13 +233,13 @@ class WindowUpdater(StandardUpdater):
 
     def _try_passes(self, window: Window, micro_batches: MicroBatches, observations: Observations) -> Passes:
         """Runs all passes of a window."""
-        num_skipped_examples, largest = 0, 0
+        num_skipped_examples, loads = 0, []
         with contextlib.closing(self._prepare(iter(micro_batches), self._convert)) as prepared:
             for micro_batch, get_arguments in prepared:
                 window.weights.expect(micro_batches.expected_weight)
                 window.num_examples = count_examples(micro_batch.examples)
-                largest = max(largest, window.num_examples or 0)
-                with retryable_memory_errors(micro_batch.examples, window, micro_batches):
+                loads.append(micro_batch.load)
+                with self._running(micro_batch.load, micro_batches, is_whole=not window.waits):
                     with observations.collecting() as observation:
                         loss_func = functools.partial(get_arguments().call, "the loss function", self._loss_func())
                         is_counted = window.add(loss_func, weight=micro_batch.weight)
@@ -246,9 +248,17 @@ class WindowUpdater(StandardUpdater):
                 else:
                     num_skipped_examples += count_examples(micro_batch.examples) or 0
                 del micro_batch, get_arguments, loss_func  # release the examples before the next are read
-        with retryable_memory_errors(range(largest), window, micro_batches):
+        with self._running(together(loads), micro_batches, is_whole=window.waits):
             window.run_passes()
         return Passes(observations.merged(), num_skipped_examples)
+
+    @contextlib.contextmanager
+    def _running(self, load: Load, micro_batches: MicroBatches, is_whole: bool) -> Iterator[None]:
+        """Context manager for a pass, which is measured if it is complete when the block ends."""
+        assert self._window is not None
+        with self._size.retrying(load, self._window, micro_batches):
+            with self._size.measuring(load) if is_whole else contextlib.nullcontext():
+                yield
 
     def _finish_window(self, micro_batches: MicroBatches, passes: Passes) -> None:
         """Updates the parameters, and reports once what the passes and the update have reported."""
@@ -267,10 +277,7 @@ class WindowUpdater(StandardUpdater):
         if not self._used_links.are_known:
             self._used_links.record(self._links(), window.links)
         of_update.add(reported, 1.0)
-        device = self.get_optimizer("main").target.device
-        of_size = self._size.end_window(
-            device, micro_batches.shapes, micro_batches.num_examples, micro_batches.largest_batch
-        )
+        of_size = self._size.end_window(micro_batches.shapes, micro_batches.costliest)
         chainer.report({**passes.observation, **of_update.merged(), **of_size})
 
     def _keep_books(self, num_batches: int, num_examples: Optional[int], num_epochs: int) -> None:
@@ -285,7 +292,7 @@ class WindowUpdater(StandardUpdater):
         if self._splits_when_out_of_memory is not None:
             return self._splits_when_out_of_memory
         # A search tries sizes that do not fit. A single batch is in memory as a whole anyway.
-        return self._size.is_tuned or (self._size.size is not None and steps == 1)
+        return self._size.is_tuned or self._size.across_window or (not self._size.leaves_whole and steps == 1)
 
     def _links(self) -> List[Optional[chainer.Link]]:
         """Returns the known links whose persistent values a pass may change."""

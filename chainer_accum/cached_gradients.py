@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from typing import Any, Callable, Dict, Mapping, Optional, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
 
 import chainer
 from chainer.dataset import concat_examples
@@ -20,7 +20,16 @@ from chainer.dataset import concat_examples
 from chainer_accum._arguments import call, check_callable
 from chainer_accum._devices import DeviceSpec
 from chainer_accum._window_updater import Passes
-from chainer_accum.batches import Arguments, MicroBatches, Steps, WeightFunc, retryable_memory_errors
+from chainer_accum.batches import (
+    Arguments,
+    Limit,
+    MemoryLimit,
+    MicroBatch,
+    MicroBatches,
+    Steps,
+    WeightFunc,
+    together,
+)
 from chainer_accum.observations import Observations
 from chainer_accum.state import PersistentValues, RandomState, devices_of
 from chainer_accum.updater import AccumulatingUpdater
@@ -107,11 +116,12 @@ class CachedGradientUpdater(AccumulatingUpdater):
         input_device: Optional[DeviceSpec] = None,
         encoder: Optional[Callable[..., Any]] = None,
         accumulation_steps: Steps = 1,
-        micro_batch_size: Union[int, str, None] = None,
+        micro_batch_size: Limit = None,
         weight_func: Optional[WeightFunc] = None,
         epoch_boundary: str = "carry",
         observation_rules: Optional[Mapping[str, str]] = None,
         split_when_out_of_memory: Optional[bool] = None,
+        memory_limit: MemoryLimit = None,
     ) -> None:
         check_callable("loss_func", loss_func, "pass a function of what the encoder returns")
         if encoder is not None:
@@ -131,6 +141,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
             epoch_boundary=epoch_boundary,
             observation_rules=observation_rules,
             split_when_out_of_memory=split_when_out_of_memory,
+            memory_limit=memory_limit,
         )
         if communicator_of(self.get_optimizer("main")) is not None:
             raise ValueError(
@@ -147,16 +158,22 @@ class CachedGradientUpdater(AccumulatingUpdater):
         return Window(self.get_optimizer("main"), WindowOptions("sum"), links=self._links(), undoes_passes=False)
 
     def _try_passes(self, window: Window, micro_batches: MicroBatches, observations: Observations) -> Passes:
-        of_encoder, of_loss = observations, Observations()
         parts = list(micro_batches)
-        with retryable_memory_errors(parts[0].examples, window, micro_batches):
+        with self._size.measuring(together(micro_batch.load for micro_batch in parts)):
+            return self._encode_and_replay(window, micro_batches, parts, observations)
+
+    def _encode_and_replay(
+        self, window: Window, micro_batches: MicroBatches, parts: Sequence[MicroBatch], observations: Observations
+    ) -> Passes:
+        of_encoder, of_loss = observations, Observations()
+        with self._size.retrying(parts[0].load, window, micro_batches):
             self._initialize_parameters(parts[0].examples)
         # Other state is not replayed: if it matters, the encoder does not process each micro-batch independently.
         before = PersistentValues(self._links(), has_state=False)
         before.add(RandomState(devices_of(self._links())))
         encoded = []
         for micro_batch in parts:
-            with retryable_memory_errors(micro_batch.examples, window, micro_batches):
+            with self._size.retrying(micro_batch.load, window, micro_batches):
                 with of_encoder.collecting() as observation, before.following(), chainer.no_backprop_mode():
                     encoded.append(copies_of(by_name(self._encode(micro_batch.examples))))
             of_encoder.add(observation, micro_batch.weight)
@@ -169,7 +186,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
         before.restore()
         for index, micro_batch in enumerate(parts if representations.has_gradient else ()):
             # The first run has reported already, so these reports are dropped.
-            with retryable_memory_errors(micro_batch.examples, window, micro_batches), of_loss.collecting():
+            with self._size.retrying(micro_batch.load, window, micro_batches), of_loss.collecting():
                 window.add(representations.replay, index, functools.partial(self._encode, micro_batch.examples))
         representations.check_replay()
         after.restore()

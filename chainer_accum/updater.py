@@ -17,7 +17,15 @@ from chainer_accum._arguments import (
 )
 from chainer_accum._devices import DeviceSpec
 from chainer_accum._window_updater import WindowUpdater
-from chainer_accum.batches import EPOCH_BOUNDARIES, Schedule, Steps, WeightFunc, make_micro_batch_size
+from chainer_accum.batches import (
+    EPOCH_BOUNDARIES,
+    Limit,
+    MemoryLimit,
+    Schedule,
+    Steps,
+    WeightFunc,
+    make_micro_batch_size,
+)
 from chainer_accum.lockstep import StoreSpec, make_lockstep_policy
 from chainer_accum.observations import ObservationRules
 from chainer_accum.optimizer import check_not_accumulating
@@ -130,7 +138,7 @@ class AccumulatingUpdater(WindowUpdater):
         *,
         input_device: Optional[DeviceSpec] = None,
         accumulation_steps: Steps = 1,
-        micro_batch_size: Union[int, str, None] = None,
+        micro_batch_size: Limit = None,
         weight_func: Optional[WeightFunc] = None,
         loss_reduction: str = "mean",
         epoch_boundary: str = "carry",
@@ -140,6 +148,7 @@ class AccumulatingUpdater(WindowUpdater):
         nonfinite: str = "keep",
         running_statistics: str = "micro_batch",
         lockstep: StoreSpec = None,
+        memory_limit: MemoryLimit = None,
     ) -> None:
         iterators = iterator if isinstance(iterator, dict) else {"main": iterator}
         check_main("iterator", iterators, "an iterator", "next", "create a SerialIterator for the dataset")
@@ -159,7 +168,7 @@ class AccumulatingUpdater(WindowUpdater):
         if weight_func is not None:
             check_callable("weight_func", weight_func)
         schedule = Schedule(accumulation_steps)
-        size = make_micro_batch_size(micro_batch_size)
+        size = make_micro_batch_size(micro_batch_size, memory_limit)
         if split_when_out_of_memory is not None:
             check_bool("split_when_out_of_memory", split_when_out_of_memory, "use None for the default")
         check_bool("auto_new_epoch", auto_new_epoch, "use False to call optimizer.new_epoch() yourself")
@@ -185,10 +194,10 @@ class AccumulatingUpdater(WindowUpdater):
                 "split_when_out_of_memory must not be False with micro_batch_size='auto', got False; the search tries "
                 "sizes that do not fit in memory, so leave it out"
             )
-        if size.is_tuned and links_communicate(optimizers["main"]):
+        if not size.cuts_evenly and links_communicate(optimizers["main"]):
             raise ValueError(
-                "micro_batch_size must be the same on all ranks if links of the model communicate, got 'auto'; "
-                "give a number"
+                "micro_batch_size must be a number or None if links of the model communicate, got "
+                f"{micro_batch_size!r}; the ranks would have different numbers of micro-batches"
             )
         super().__init__(
             iterators,
@@ -238,8 +247,8 @@ class AccumulatingUpdater(WindowUpdater):
 
     @property
     def micro_batch_size(self) -> Optional[int]:
-        """The largest number of examples in one forward/backward pass of the next update."""
-        return self._size.size
+        """The largest number of examples, or of tokens, in one forward/backward pass of the next update."""
+        return self._size.limit
 
     @property
     def micro_batch_timings(self) -> Dict[int, float]:
@@ -260,7 +269,14 @@ class AccumulatingUpdater(WindowUpdater):
 # Arguments that are not attributes, or are read-only.
 _SET_ONCE = frozenset(
     [
-        *("micro_batch_size", "epoch_boundary", "observation_rules", "prefetch", "split_when_out_of_memory"),
+        *(
+            "micro_batch_size",
+            "epoch_boundary",
+            "observation_rules",
+            "prefetch",
+            "split_when_out_of_memory",
+            "memory_limit",
+        ),
         *("nonfinite", "running_statistics", "loss_reduction", "lockstep"),
     ]
 )

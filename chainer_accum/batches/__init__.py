@@ -4,26 +4,34 @@ It knows iterators and examples, but not gradients. It imports ``state`` and ``o
 """
 
 from chainer_accum.batches.arguments import Arguments
+from chainer_accum.batches.cutting import Load, count_examples, together
 from chainer_accum.batches.epochs import EpochRecord
-from chainer_accum.batches.micro_batches import EPOCH_BOUNDARIES, MicroBatch, MicroBatches, WeightFunc, count_examples
+from chainer_accum.batches.memory import MemoryLimit
+from chainer_accum.batches.micro_batches import EPOCH_BOUNDARIES, MicroBatch, MicroBatches, WeightFunc
 from chainer_accum.batches.prefetching import prepare_ahead, prepare_lazily
 from chainer_accum.batches.schedules import Schedule, Steps
-from chainer_accum.batches.sizes import MicroBatchSize, OutOfMemory, make_micro_batch_size, retryable_memory_errors
+from chainer_accum.batches.sizes import Limit, MicroBatchSize, OutOfMemory
+from chainer_accum.batches.token_budget import TokenBudget
+from chainer_accum.batches.tuning import make_micro_batch_size
 
 __all__ = [
     "EPOCH_BOUNDARIES",
     "Arguments",
     "EpochRecord",
+    "Limit",
+    "Load",
+    "MemoryLimit",
     "MicroBatch",
     "MicroBatchSize",
     "MicroBatches",
     "OutOfMemory",
     "Schedule",
     "Steps",
+    "TokenBudget",
     "WeightFunc",
     "count_examples",
     "make_micro_batch_size",
     "prepare_ahead",
     "prepare_lazily",
-    "retryable_memory_errors",
+    "together",
 ]

@@ -1,17 +1,19 @@
-"""MicroBatches: the micro-batches of one window, made by splitting batches of the iterator.
+"""MicroBatches: the micro-batches of one window, made by cutting batches of the iterator.
 
-``accumulation_steps`` iterator batches are read, and each is split into micro-batches of at most ``micro_batch_size``
-examples. The iterator must provide only ``next``, ``epoch``, ``is_new_epoch`` and ``epoch_detail``. It is never asked
-for a batch just to find out whether there is one.
+``accumulation_steps`` iterator batches are read, and each is cut into micro-batches. The iterator must provide only
+``next``, ``epoch``, ``is_new_epoch`` and ``epoch_detail``. It is never asked for a batch just to find out whether there
+is one.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Hashable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Hashable, Iterator, List, NamedTuple, Optional, Tuple
 
 import chainer
 
 from chainer_accum._arguments import call, check_weight
+from chainer_accum.batches.cutting import Load, as_list, count_examples
+from chainer_accum.batches.sizes import MicroBatchSize
 
 EPOCH_BOUNDARIES = ("carry", "flush")
 
@@ -19,24 +21,24 @@ WeightFunc = Callable[[Any], float]
 
 
 class MicroBatch(NamedTuple):
-    """The examples of one forward/backward pass, as the iterator returned them, and their weight."""
+    """One forward/backward pass: its examples, as the iterator returned them, their weight, and how much there is."""
 
     examples: Any
     weight: float
+    load: Load
 
 
 class MicroBatches:
     """The micro-batches of one window, read from the iterator on demand.
 
-    The first iterator batch is read immediately; each of the others, once those before it are used up. The window ends
-    after ``accumulation_steps`` iterator batches, at the end of the data or, if ``epoch_boundary`` is ``'flush'``, at
-    the end of the epoch.
+    The first iterator batch is read immediately; each of the others, once those before it are used up, or as soon as
+    the window begins if all are cut together. The window ends after ``accumulation_steps`` iterator batches, at the end
+    of the data or, if ``epoch_boundary`` is ``'flush'``, at the end of the epoch.
 
     Args:
         iterator (~chainer.dataset.Iterator): Dataset iterator.
         accumulation_steps (int): Iterator batches per window.
-        micro_batch_size (int): The largest number of examples in a micro-batch, or ``None`` to leave iterator batches
-            whole.
+        size (MicroBatchSize): How batches are cut. By default, they stay whole.
         weight_func (callable): Maps the examples of a micro-batch to its weight, or ``None`` to count the examples.
         epoch_boundary (str): ``'carry'`` or ``'flush'``.
         is_repeatable (bool): Whether iterator batches are kept, so that the iteration can restart.
@@ -47,7 +49,7 @@ class MicroBatches:
         num_batches (int): Number of iterator batches read so far.
         num_epochs (int): Number of epochs that ended with them.
         num_examples (int): Number of examples read so far, in batches that are lists.
-        largest_batch (int): Number of examples in the largest iterator batch so far.
+        costliest (int): What the costliest batch so far would cost as one micro-batch.
         shapes: Shapes of the arrays in the first example.
         regular_weight (float): The total weight of the window if every iterator batch weighs as much as the first, or
             ``None`` if the first weighs 0.
@@ -62,7 +64,7 @@ class MicroBatches:
         self,
         iterator: chainer.dataset.Iterator,
         accumulation_steps: int = 1,
-        micro_batch_size: Optional[int] = None,
+        size: Optional[MicroBatchSize] = None,
         weight_func: Optional[WeightFunc] = None,
         epoch_boundary: str = "carry",
         is_repeatable: bool = False,
@@ -70,23 +72,23 @@ class MicroBatches:
     ) -> None:
         self._iterator = iterator
         self._accumulation_steps = accumulation_steps
-        self._micro_batch_size = micro_batch_size
+        self._size = MicroBatchSize() if size is None else size
         self._weight_func = weight_func
         self._flushes = epoch_boundary == "flush"
         self.is_repeatable = is_repeatable
-        self._batches: List[Any] = []
-        self._parts: List[List[MicroBatch]] = []
+        self._read: List[Tuple[Any, float]] = []  # batches and their weights, if they are kept
+        self._pending: List[Tuple[Any, float]] = []  # those that have not been cut yet
         self._likely_weight = likely_weight
         self._weight = 0.0
         self.largest_weight = 0.0
         self.num_batches = 0
         self.num_epochs = 0
         self.num_examples = 0
-        self.largest_batch = 0
-        self._read()
-        self.regular_weight: Optional[float] = accumulation_steps * self._weight or None
-        first = self._parts[0][0].examples
-        self.shapes: Hashable = _shapes(first[0]) if _is_list(first) else None
+        self.costliest = 0
+        self._read_batch()
+        first, weight = self._pending[0]
+        self.regular_weight: Optional[float] = accumulation_steps * weight or None
+        self.shapes: Hashable = _shapes(first[0]) if count_examples(first) else None
 
     @property
     def expected_weight(self) -> float:
@@ -95,57 +97,60 @@ class MicroBatches:
         return self._weight + to_come * max(self.largest_weight, self._likely_weight)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for _ in range(self._accumulation_steps):
-            if not self._parts:
-                if self._flushes and self.num_epochs > 0:
-                    return
-                try:
-                    self._read()
-                except StopIteration:
-                    return
-            parts = self._parts.pop(0)
-            while parts:  # pop, so that a micro-batch handed out is no longer held here
-                yield parts.pop(0)
+        while self._pending or self._read_on():
+            yield from self._cut(*self._next_batch())
 
-    def begin_again(self, micro_batch_size: Optional[int]) -> None:
-        """Restarts the iteration from the first iterator batch, split to a different size."""
-        self._micro_batch_size = micro_batch_size
-        self._parts = [self._split(batch) for batch in self._batches]
+    def begin_again(self) -> None:
+        """Restarts the iteration from the first iterator batch."""
+        self._size.begin_again()
+        self._pending = list(self._read)
 
-    def _read(self) -> None:
+    def _cut(self, batch: Any, weight: float) -> Iterator[MicroBatch]:
+        arranged = self._size.arrange(batch)
+        self.costliest = max(self.costliest, arranged.cost)
+        for part in self._size.parts(arranged):
+            yield MicroBatch(part.examples, weight if part.examples is batch else self._weigh(part.examples), part.load)
+
+    def _next_batch(self) -> Tuple[Any, float]:
+        """Returns what is cut next: a batch, or all batches of the window as one."""
+        if not self._size.across_window:
+            return self._pending.pop(0)
+        while self._read_on():
+            pass
+        batches, self._pending = self._pending, []
+        examples = [
+            example
+            for batch, _ in batches
+            for example in as_list(batch, "to be cut together, batches", "leave across_window out")
+        ]
+        return examples, sum(weight for _, weight in batches)
+
+    def _read_on(self) -> bool:
+        """Reads another batch, and returns whether the window has one."""
+        if self.num_batches >= self._accumulation_steps or self._flushes and self.num_epochs > 0:
+            return False
+        try:
+            self._read_batch()
+        except StopIteration:
+            return False
+        return True
+
+    def _read_batch(self) -> None:
         batch = self._iterator.next()
         self.num_batches += 1
         self.num_epochs += bool(self._iterator.is_new_epoch)
-        size = count_examples(batch) or 0
-        self.num_examples += size
-        self.largest_batch = max(self.largest_batch, size)
-        if self.is_repeatable:
-            self._batches.append(batch)
-        parts = self._split(batch)
-        weight = sum(micro_batch.weight for micro_batch in parts)
+        self.num_examples += count_examples(batch) or 0
+        weight = self._weigh(batch)
         self._weight += weight
         self.largest_weight = max(self.largest_weight, weight)
-        self._parts.append(parts)
-
-    def _split(self, batch: Any) -> List[MicroBatch]:
-        if self._micro_batch_size is None:
-            return [MicroBatch(batch, self._weigh(batch))]
-        size = _count(batch, "to be split, a batch", "use accumulation_steps and no micro_batch_size")
-        # Split as evenly as possible: a very small part would have poor batch statistics.
-        count = -(-size // self._micro_batch_size)
-        ends = [size * (part + 1) // count for part in range(count)]
-        parts = [batch[start:end] for start, end in zip([0, *ends], ends)]
-        return [MicroBatch(examples, self._weigh(examples)) for examples in parts]
+        self._pending.append((batch, weight))
+        if self.is_repeatable:
+            self._read.append((batch, weight))
 
     def _weigh(self, examples: Any) -> float:
         if self._weight_func is None:
-            return float(_count(examples, "to be weighted by its examples, a batch", "pass a weight_func"))
+            return float(len(as_list(examples, "to be weighted by its examples, a batch", "pass a weight_func")))
         return check_weight(call("weight_func", self._weight_func, examples), "the value of weight_func")
-
-
-def count_examples(batch: Any) -> Optional[int]:
-    """Returns the number of examples in an iterator batch, or ``None`` if it is not a list of examples."""
-    return len(batch) if _is_list(batch) else None
 
 
 def _shapes(example: object) -> Hashable:
@@ -154,17 +159,3 @@ def _shapes(example: object) -> Hashable:
     if isinstance(example, dict):
         return tuple((key, _shapes(value)) for key, value in example.items())
     return getattr(example, "shape", ())
-
-
-def _is_list(batch: object) -> bool:
-    # The length of a tuple or a dictionary is not the number of examples, but for example that of arrays in an example.
-    return hasattr(batch, "__len__") and not isinstance(batch, (tuple, dict))
-
-
-def _count(batch: Any, what: str, remedy: str) -> int:
-    if not _is_list(batch):
-        raise TypeError(f"{what} must be a list of examples, got a {type(batch).__name__} from the iterator; {remedy}")
-    size = len(batch)
-    if size == 0:
-        raise ValueError(f"the iterator returned an empty batch, got {batch!r}; check that the dataset is not empty")
-    return size

@@ -1,238 +1,190 @@
-"""The number of examples in a micro-batch: given, lowered when memory runs out, or tuned for speed.
+"""What limits a pass: a number of examples, a number of tokens, or a function that cuts. It drops when memory runs out.
 
-Splitting a batch does not change its gradient, so a window may be split in any way. Sizes can therefore be tried in
-windows that count, and a window that does not fit in memory restarts with a smaller size.
+Splitting a batch does not change its gradient, so a window may be split in any way. A window that does not fit in
+memory restarts with smaller micro-batches.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
 import warnings
-from typing import Dict, Hashable, Iterator, List, Optional, Protocol, Sized
+from typing import Any, Callable, ContextManager, Dict, Iterator, NamedTuple, Optional, Protocol, Union
 
 import chainer
 
-from chainer_accum._arguments import check_int
-from chainer_accum._devices import free_memory, synchronize
+from chainer_accum._devices import free_memory
+from chainer_accum.batches.cutting import (
+    Arranged,
+    Counted,
+    CutFunc,
+    Load,
+    Part,
+)
+from chainer_accum.batches.token_budget import TokenBudget
+
+# What an updater takes as micro_batch_size.
+Limit = Union[int, str, TokenBudget, CutFunc, None]
 
 
 class OutOfMemory(Exception):
     """Raised when memory runs out in a pass that can be repeated with fewer examples."""
 
-    def __init__(self, num_examples: int, error: MemoryError) -> None:
+    def __init__(self, load: Load, error: MemoryError) -> None:
         super().__init__(str(error))
-        self.num_examples = num_examples
+        self.load = load
 
 
 class _Repeatable(Protocol):
-    """What takes part in a pass."""
+    """What takes part in a pass, and knows whether the pass can be repeated."""
 
     is_repeatable: bool
 
 
-@contextlib.contextmanager
-def retryable_memory_errors(examples: Sized, *repeatable: _Repeatable) -> Iterator[None]:
-    """Context manager that raises OutOfMemory for a MemoryError, if the pass can be repeated with fewer examples.
+class Unit(NamedTuple):
+    """What the limit of a pass counts.
 
-    Args:
-        examples: The examples of the pass.
-        *repeatable: The objects that take part in the pass. Each has an attribute ``is_repeatable``.
+    Attributes:
+        limit (str): The key under which the limit is reported while it is searched for.
+        seconds (str): The key under which the time is reported.
 
     """
-    try:
-        yield
-    except MemoryError as error:
-        if all(each.is_repeatable for each in repeatable):
-            raise OutOfMemory(len(examples), error) from None
-        raise
+
+    limit: str
+    seconds: str
 
 
-def make_micro_batch_size(micro_batch_size: object) -> MicroBatchSize:
-    """Returns the micro-batch size for an argument: a number, ``None`` or ``'auto'``."""
-    if isinstance(micro_batch_size, str) and micro_batch_size == "auto":
-        return TunedMicroBatchSize()
-    if micro_batch_size is None:
-        return MicroBatchSize(None)
-    remedy = "use None to leave batches whole, or 'auto' to find the fastest"
-    return MicroBatchSize(check_int("micro_batch_size", micro_batch_size, 1, remedy))
+EXAMPLES = Unit("micro_batch_size", "seconds_per_example")
+TOKENS = Unit("max_tokens", "seconds_per_token")
 
 
 class MicroBatchSize:
-    """The largest number of examples in a micro-batch. It is lowered when memory runs out.
+    """How batches are cut into micro-batches, and the limit of a micro-batch, which is lowered when memory runs out.
 
     Args:
-        size (int): The number, or ``None`` for no limit.
+        arrange (callable): Function that takes a batch and returns its examples in the order in which they are cut.
+        limit (int): The largest cost of a micro-batch, or ``None`` for no limit.
+        unit (Unit): What the limit counts.
+        across_window (bool): Whether all batches of a window are cut together.
 
     Attributes:
-        size (int): The number for the next window.
-        timings (dict): Seconds per example by size, as measured so far.
-        is_tuned (bool): Whether the fastest size is searched for.
+        arrange (callable): See the argument.
+        across_window (bool): See the argument.
+        is_tuned (bool): Whether the fastest limit is searched for.
 
     """
 
     is_tuned = False
 
-    def __init__(self, size: Optional[int]) -> None:
-        self.size = size
+    def __init__(
+        self,
+        arrange: Callable[[Any], Arranged] = Counted,
+        limit: Optional[int] = None,
+        unit: Unit = EXAMPLES,
+        across_window: bool = False,
+    ) -> None:
+        self.arrange = arrange
+        self._limit = limit
+        self._unit = unit
+        self.across_window = across_window
+        self._num_tokens = self._num_positions = 0
+
+    @property
+    def limit(self) -> Optional[int]:
+        """The limit of the next micro-batch."""
+        return self._limit
+
+    @property
+    def leaves_whole(self) -> bool:
+        """Whether batches are not cut."""
+        return self.arrange is Counted and self.limit is None
+
+    @property
+    def cuts_evenly(self) -> bool:
+        """Whether batches of the same size are cut into the same number of micro-batches, on any rank."""
+        return self.arrange is Counted and not self.is_tuned
 
     @property
     def timings(self) -> Dict[int, float]:
+        """Seconds per example or token by limit, as measured so far."""
         return {}
+
+    def parts(self, arranged: Arranged) -> Iterator[Part]:
+        """Returns an iterator over the parts of a batch. Each is as large as the limit allows when it is asked for."""
+        start = 0
+        while start < len(arranged):
+            part = arranged.part(start, self.limit)
+            self._num_tokens += part.load.num_tokens
+            self._num_positions += part.load.num_positions
+            start += part.load.num_examples or 1
+            yield part
 
     def begin_window(self, device: chainer.backend.Device) -> None:
         """Called when a window begins."""
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Called when a window begins, and when it restarts."""
+        self._num_tokens = self._num_positions = 0
+
+    @contextlib.contextmanager
+    def retrying(self, load: Load, *repeatable: _Repeatable) -> Iterator[None]:
+        """Context manager that raises OutOfMemory for a MemoryError, if the pass can be repeated with fewer examples.
+
+        Args:
+            load (Load): How much there is in the pass.
+            *repeatable: The objects that take part in the pass.
+
+        """
+        try:
+            yield
+        except MemoryError as error:
+            if all(each.is_repeatable for each in repeatable):
+                raise OutOfMemory(load, error) from None
+            raise
+
+    def measuring(self, load: Load) -> ContextManager[None]:
+        """Context manager that measures what a search needs to know about a pass."""
+        return contextlib.nullcontext()
 
     def lower(self, failed: int) -> None:
-        """Lowers the size after memory ran out in a micro-batch of ``failed`` examples, two or more."""
-        self.size = (failed + 1) // 2
+        """Lowers the limit after memory ran out in a micro-batch of two or more examples that costs ``failed``."""
+        self._limit = (failed + 1) // 2
 
-    def make_room(self, failed: int, cause: str, device: chainer.backend.Device) -> None:
-        """Lowers the size after memory ran out, and frees cached memory on the device of the model.
+    def make_room(self, error: OutOfMemory, device: chainer.backend.Device) -> None:
+        """Lowers the limit after memory ran out, and frees cached memory on the device of the model.
 
         Raises:
             MemoryError: If memory ran out for a single example.
 
         """
-        if failed == 1:
+        if error.load.num_examples == 1:
             raise MemoryError(
-                f"one example does not fit in memory: {cause}; use a smaller model or smaller examples, "
+                f"one example does not fit in memory: {error}; use a smaller model or smaller examples, "
                 "or chainer.functions.forget, which recomputes parts of the graph instead of keeping them"
             )
-        self.lower(failed)
+        self.lower(error.load.cost)
         free_memory(device)
+        failed, limit = f"{error.load.num_examples} examples", str(self.limit)
+        if self._unit == TOKENS:
+            failed, limit = f"{failed} and {error.load.cost} tokens", f"{limit} tokens"
         warnings.warn(
-            f"memory ran out for a micro-batch of {failed} examples ({cause}); the update restarts, and from now on a "
-            f"micro-batch has at most {self.size}",
+            f"memory ran out for a micro-batch of {failed} ({error}); the update restarts, and from now on a "
+            f"micro-batch has at most {limit}",
             RuntimeWarning,
             stacklevel=2,
         )
 
-    def end_window(
-        self, device: chainer.backend.Device, shapes: Hashable, examples: int, largest_batch: int
-    ) -> Dict[str, float]:
-        """Called when a window has ended.
+    def end_window(self, kind: Any, largest: int) -> Dict[str, float]:
+        """Called when a window has ended, and returns what to report.
 
         Args:
-            device (~chainer.backend.Device): Device of the model.
-            shapes: Shapes of the arrays in an example.
-            examples (int): Number of examples in the window.
-            largest_batch (int): Number of examples in its largest iterator batch.
-
-        Returns:
-            dict: What to report.
+            kind: What windows must have in common to be compared: the shapes of the arrays in an example.
+            largest (int): The cost of the costliest batch, as one micro-batch.
 
         """
-        return {}
+        if self._unit == EXAMPLES or not self._num_positions:
+            return {}
+        return {"padding": 1 - self._num_tokens / self._num_positions}
 
-
-class TunedMicroBatchSize(MicroBatchSize):
-    """The micro-batch size with the shortest window.
-
-    Powers of two are tried: larger and smaller sizes than the best one so far, until the neighbors on both sides are
-    slower. Windows with different shapes or numbers of examples have a separate search, unless they occur singly, as at
-    the end of the data.
-
-    """
-
-    is_tuned = True
-
-    def __init__(self) -> None:
-        self._search = _Search()
-        self._searches: Dict[Hashable, _Search] = {}
-        self._last_kind: Hashable = None
-        self._is_first_window = True
-        self._began: Optional[float] = None
-
-    @property
-    def size(self) -> int:  # type: ignore[override]
-        return self._search.size
-
-    @property
-    def timings(self) -> Dict[int, float]:
-        return self._search.timings()
-
-    def begin_window(self, device: chainer.backend.Device) -> None:
-        self._began = None
-        if not self._search.is_over:
-            synchronize(device)
-            self._began = time.perf_counter()
-
-    def lower(self, failed: int) -> None:
-        self._began = None  # the time so far belongs to no single size
-        self._search.lower(failed)
-
-    def end_window(
-        self, device: chainer.backend.Device, shapes: Hashable, examples: int, largest_batch: int
-    ) -> Dict[str, float]:
-        observation: Dict[str, float] = {"micro_batch_size": self.size}
-        if self._began is not None and not self._is_first_window:  # the first window includes one-time work
-            synchronize(device)
-            seconds = observation["seconds_per_example"] = (time.perf_counter() - self._began) / examples
-            self._search.add(seconds, largest_batch)
-        self._is_first_window = False
-        kind = (shapes, examples)
-        if not self._searches:
-            self._searches[kind] = self._search
-        elif kind == self._last_kind:
-            self._search = self._searches.setdefault(kind, _Search())
-        self._last_kind = kind
-        return observation
-
-
-class _Search:
-    """A search for the fastest size in windows of the same kind."""
-
-    _FIRST = 64
-    # Windows per size. The final candidates get one more each, since the machine may have been slower for a while.
-    # The fastest window counts: disturbances only make a measurement longer.
-    _TRIALS = 2
-    _REACH = 2  # the number of sizes on either side of the best one that must be slower
-
-    def __init__(self) -> None:
-        self.size = self._FIRST
-        self.is_over = False
-        self._seconds: Dict[int, List[float]] = {}
-        self._limit: Optional[int] = None
-
-    def timings(self) -> Dict[int, float]:
-        return {size: min(seconds) for size, seconds in sorted(self._seconds.items())}
-
-    def lower(self, failed: int) -> None:
-        self._limit = failed
-        self._seconds = {size: seconds for size, seconds in self._seconds.items() if size < failed}
-        while self.size >= failed:
-            self.size //= 2
-
-    def add(self, seconds: float, whole: int) -> None:
-        trials = self._seconds.setdefault(self.size, [])
-        trials.append(seconds)
-        if self.is_over or len(trials) < self._TRIALS:
-            return
-        timings = self.timings()
-        best = min(timings, key=lambda size: timings[size])
-        around = self._around(best, whole)
-        for size in around:
-            if size not in timings:
-                self.size = size
-                return
-        for size in [*around, best]:
-            if len(self._seconds[size]) == self._TRIALS:
-                self.size = size
-                return
-        self.size, self.is_over = best, True
-
-    def _around(self, best: int, whole: int) -> List[int]:
-        """Returns the neighboring sizes that must be slower than the best one, larger ones first."""
-        larger: List[int] = []
-        smaller: List[int] = []
-        size = best
-        while len(larger) < self._REACH and size < whole and (self._limit is None or size * 2 < self._limit):
-            size *= 2
-            larger.append(size)
-        size = best
-        while len(smaller) < self._REACH and size > 1:
-            size //= 2
-            if size < whole:
-                smaller.append(size)
-        return larger + smaller
+    def serialize(self, serializer: chainer.AbstractSerializer) -> None:
+        """Serializes what a search has found."""

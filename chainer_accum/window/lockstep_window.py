@@ -46,6 +46,10 @@ class LockstepWindow(Window):
     _queue: Sequence[_Queued] = ()
     _has_run = False
 
+    @property
+    def waits(self) -> bool:  # type: ignore[override]
+        return not self._runs_at_once
+
     def _begin(self) -> None:
         super()._begin()
         if self._norms is not None:

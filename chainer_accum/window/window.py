@@ -55,6 +55,7 @@ class Window:
 
     Attributes:
         is_shared (bool): Whether other processes take part in the window, and wait for this one to update.
+        waits (bool): Whether passes wait until :meth:`run_passes`.
         is_repeatable (bool): Whether the passes can be repeated in a new window if one of them fails.
         num_examples (int): Number of examples in the next pass, or ``None`` if unknown.
         num_micro_batches (int): Number of micro-batches added, including skipped ones.
@@ -66,6 +67,7 @@ class Window:
 
     is_shared = False
     is_repeatable = True
+    waits = False
     num_examples: Optional[int] = None
 
     def __init__(

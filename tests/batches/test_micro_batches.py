@@ -5,7 +5,7 @@ from __future__ import annotations
 import chainer
 import numpy
 import pytest
-from chainer_accum.batches.micro_batches import MicroBatches
+from chainer_accum.batches import MicroBatches, make_micro_batch_size
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +25,9 @@ def test_every_example_comes_once_and_in_order(size, batch_size, steps, micro_ba
     examples = []
     while len(examples) < 3 * size:
         try:
-            window = MicroBatches(iterator, steps, micro_batch_size, epoch_boundary="flush" if flushes else "carry")
+            window = MicroBatches(
+                iterator, steps, make_micro_batch_size(micro_batch_size), epoch_boundary="flush" if flushes else "carry"
+            )
         except StopIteration:
             break
         sizes = []
@@ -42,7 +44,7 @@ def test_every_example_comes_once_and_in_order(size, batch_size, steps, micro_ba
 
 @given(st.integers(1, 100), st.integers(1, 100))
 def test_a_batch_is_split_evenly_into_as_few_parts_as_can_be(batch_size, micro_batch_size):
-    window = MicroBatches(serial(range(200), batch_size), 1, micro_batch_size)
+    window = MicroBatches(serial(range(200), batch_size), 1, make_micro_batch_size(micro_batch_size))
     sizes = [len(micro_batch.examples) for micro_batch in window]
     assert len(sizes) == -(-batch_size // micro_batch_size)
     assert max(sizes) - min(sizes) <= 1
@@ -68,7 +70,7 @@ class Counting:
 
 def test_a_batch_is_read_only_when_those_before_it_are_used_up():
     iterator = Counting([1, 2], [3, 4], [5, 6])
-    micro_batches = MicroBatches(iterator, 2, 1)
+    micro_batches = MicroBatches(iterator, 2, make_micro_batch_size(1))
     calls = [iterator.calls for _ in micro_batches]
     assert calls == [1, 1, 2, 2]
     assert iterator.calls == 2
@@ -82,8 +84,8 @@ def test_the_end_of_the_data_ends_the_window():
 
 
 def test_a_regular_window_goes_on_as_it_begins():
-    assert MicroBatches(Counting([1, 2, 3]), 4, 2).regular_weight == 12
-    assert MicroBatches(Counting([1, 2, 3]), 4, 2, sum).regular_weight == 24
+    assert MicroBatches(Counting([1, 2, 3]), 4, make_micro_batch_size(2)).regular_weight == 12
+    assert MicroBatches(Counting([1, 2, 3]), 4, make_micro_batch_size(2), sum).regular_weight == 24
     assert MicroBatches(Counting([0, 0]), 4, None, sum).regular_weight is None
 
 
@@ -96,20 +98,22 @@ def test_batches_to_come_are_expected_to_be_as_heavy_as_any_so_far():
 
 
 def test_what_has_been_read_is_counted():
-    micro_batches = MicroBatches(Counting([1, 2, 3], [4]), 2, 2)
-    assert (micro_batches.num_examples, micro_batches.largest_batch) == (3, 3)
+    micro_batches = MicroBatches(Counting([1, 2, 3], [4]), 2, make_micro_batch_size(2))
+    assert (micro_batches.num_examples, micro_batches.costliest) == (3, 0)
     assert len(list(micro_batches)) == 3
-    assert (micro_batches.num_examples, micro_batches.largest_batch) == (4, 3)
+    assert (micro_batches.num_examples, micro_batches.costliest) == (4, 3)
 
 
 def test_weight_func_sees_the_examples_of_a_micro_batch():
-    weights = [micro_batch.weight for micro_batch in MicroBatches(Counting([1, 2, 3, 4]), 1, 2, sum)]
+    weights = [
+        micro_batch.weight for micro_batch in MicroBatches(Counting([1, 2, 3, 4]), 1, make_micro_batch_size(2), sum)
+    ]
     assert weights == [3.0, 7.0]
 
 
 def test_an_array_of_examples_is_split_like_a_list():
-    parts = [micro_batch.examples for micro_batch in MicroBatches(Counting(numpy.arange(6).reshape(3, 2)), 1, 2)]
-    assert [part.tolist() for part in parts] == [[[0, 1]], [[2, 3], [4, 5]]]
+    micro_batches = MicroBatches(Counting(numpy.arange(6).reshape(3, 2)), 1, make_micro_batch_size(2))
+    assert [micro_batch.examples.tolist() for micro_batch in micro_batches] == [[[0, 1]], [[2, 3], [4, 5]]]
 
 
 def test_a_batch_that_is_no_list_needs_weight_func_and_nothing_more():
@@ -118,7 +122,7 @@ def test_a_batch_that_is_no_list_needs_weight_func_and_nothing_more():
         MicroBatches(Counting(batch))
     assert [micro_batch.weight for micro_batch in MicroBatches(Counting(batch), weight_func=lambda b: len(b[0]))] == [3]
     with pytest.raises(TypeError, match="must be a list of examples, got a tuple .*; use accumulation_steps"):
-        MicroBatches(Counting(batch), micro_batch_size=2, weight_func=lambda b: len(b[0]))
+        list(MicroBatches(Counting(batch), 1, make_micro_batch_size(2), lambda b: len(b[0])))
     with pytest.raises(TypeError, match="got a dict"):
         MicroBatches(Counting({"x": numpy.zeros(3)}))
 
@@ -126,7 +130,7 @@ def test_a_batch_that_is_no_list_needs_weight_func_and_nothing_more():
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_an_empty_batch_is_refused(micro_batch_size):
     with pytest.raises(ValueError, match="empty batch"):
-        MicroBatches(Counting([]), micro_batch_size=micro_batch_size)
+        list(MicroBatches(Counting([]), 1, make_micro_batch_size(micro_batch_size)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,195 @@
+"""Search: which limit of a pass to try next, and which is the fastest so far."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Dict, Iterator, List, Optional
+
+import chainer
+import numpy
+
+_MARGIN = 1.1  # how much more memory a pass may take than is predicted
+
+
+class Footprint:
+    """The memory that a pass takes, by its cost: measured, or predicted from two measurements, as a straight line."""
+
+    def __init__(self) -> None:
+        self.measured: Dict[int, float] = {}
+
+    def add(self, cost: int, num_bytes: float) -> None:
+        """Records what a pass has taken."""
+        self.measured[cost] = max(num_bytes, 0.0)
+
+    def predict(self, cost: int) -> Optional[float]:
+        """Returns the bytes for a pass, or ``None`` if nothing has been measured."""
+        if not self.measured:
+            return None
+        largest = max(self.measured)
+        if cost <= largest:
+            return self.measured[min(each for each in self.measured if each >= cost)]
+        most = self.measured[largest]
+        smaller = [each for each in self.measured if each <= largest // 2]
+        if not smaller:
+            return most * cost / largest
+        other = max(smaller)
+        slope = max(most - self.measured[other], 0.0) / (largest - other)
+        return most + slope * (cost - largest)
+
+
+class Search:
+    """A search for the fastest limit in windows of the same kind.
+
+    It first grows from pass to pass, to learn what they take. Then it compares whole windows.
+
+    Attributes:
+        limit (int): The limit to use now.
+        is_growing (bool): Whether each pass may still be twice as large as the one before it.
+        is_over (bool): Whether the fastest limit has been found.
+        footprint (Footprint): The memory that passes have taken.
+
+    """
+
+    MOST_WINDOWS = 8
+    FIRST_UNMEASURED = 64
+    _REACH = 2  # the number of limits on either side of the best one that are tried
+    _LEAP = 8  # from the largest limit to the next, if single passes cannot be measured
+    _HOPELESS = 1.5  # a pass that took so much longer than the best is not worth a window
+    _CLOSE = 1.2  # windows that differ by less have a second trial
+
+    def __init__(self) -> None:
+        self.limit = 1
+        self.is_growing = True
+        self.is_over = False
+        self.footprint = Footprint()
+        self._unit = 1  # limits are multiples of it by powers of two
+        self._passes: Dict[int, float] = {}  # seconds per token of single passes
+        self._windows: Dict[int, List[float]] = {}  # seconds per token of whole windows
+        self._num_windows = 0
+        self._failed = math.inf  # what did not fit
+
+    def timings(self) -> Dict[int, float]:
+        """Returns the seconds per token, by limit."""
+        # Disturbances only make a measurement longer.
+        return {limit: min(seconds) for limit, seconds in sorted(self._windows.items())}
+
+    def skip_growing(self) -> None:
+        """Begins at a usual limit, where memory cannot be measured."""
+        self.limit, self.is_growing = self.FIRST_UNMEASURED, False
+
+    def end_pass(self, cost: int, seconds: float, room: float) -> None:
+        """Doubles the limit after a pass, if twice its cost fits in memory and may be faster.
+
+        Args:
+            cost (int): What the pass cost.
+            seconds (float): Seconds per token.
+            room (float): Bytes that are free.
+
+        """
+        if not self._passes:  # the first pass includes one-time work, so the limit stays for another one
+            self._unit = self.limit = max(cost, 1)
+            self._passes[self.limit] = math.inf
+            return
+        if 2 * cost <= self.limit:
+            return  # the last part of a batch, or one that was cut before the limit grew
+        self._passes[self.limit] = seconds
+        best = min(self._passes, key=lambda limit: self._passes[limit])
+        if self.limit < best * 2**self._REACH and self._fits(2 * self.limit, room):
+            self.limit *= 2
+        else:
+            self.limit, self.is_growing = best, False
+
+    def end_window(self, seconds: Optional[float], largest: int, room: float) -> None:
+        """Records a window and chooses the next limit.
+
+        Args:
+            seconds (float): Seconds per token, or ``None`` if the limit has changed in the window.
+            largest (int): The cost of the costliest batch, as one pass.
+            room (float): Bytes that are free.
+
+        """
+        self._num_windows += 1
+        if seconds is not None and self._num_windows > 1:  # the first window includes one-time work
+            self._windows.setdefault(self.limit, []).append(seconds)
+        if self.is_growing and len(self._passes) > 1:
+            if self.limit < largest and self._num_windows < self.MOST_WINDOWS:
+                return
+            self.limit = min(self._passes, key=lambda limit: self._passes[limit])
+        self.is_growing = False
+        following = self._following(largest, room) if self._num_windows < self.MOST_WINDOWS else None
+        if following is None:
+            timings = self.timings()
+            self.limit = min(timings, key=lambda limit: timings[limit], default=self.limit)
+            self.is_over = True
+        else:
+            self.limit = following
+
+    def shrink_to_fit(self, room: float) -> None:
+        """Lowers the limit until it is predicted to fit."""
+        while self.limit > self._unit and not self._fits(self.limit, room):
+            self.limit //= 2
+
+    def lower(self, failed: int) -> None:
+        """Lowers the limit after memory ran out in a pass that cost ``failed``."""
+        self._failed = failed
+        self.is_growing = False
+        self._windows = {limit: seconds for limit, seconds in self._windows.items() if limit < failed}
+        while self.limit >= failed and self.limit > 1:
+            self.limit //= 2
+
+    def serialize(self, serializer: chainer.AbstractSerializer) -> None:
+        """Serializes what has been found, so that a resumed run does not search again."""
+        trials = [(limit, second) for limit, seconds in self._windows.items() for second in seconds]
+        state = {
+            "progress": [self.limit, self.is_growing, self.is_over, self._unit, self._num_windows, self._failed],
+            "memory": list(self.footprint.measured.items()),
+            "passes": list(self._passes.items()),
+            "windows": trials,
+        }
+        if not isinstance(serializer, chainer.Deserializer):
+            for key, values in state.items():
+                serializer(key, numpy.array(values, numpy.float64))
+            return
+        with contextlib.suppress(KeyError):  # a snapshot without a search
+            limit, growing, over, unit, windows, failed = map(float, serializer("progress", None))
+            memory, passes, trials = (serializer(key, None).reshape(-1, 2) for key in ("memory", "passes", "windows"))
+            self.limit, self.is_growing, self.is_over = int(limit), bool(growing), bool(over)
+            self._unit, self._num_windows, self._failed = int(unit), int(windows), failed
+            self.footprint.measured = {int(cost): float(num_bytes) for cost, num_bytes in memory}
+            self._passes = {int(limit): float(seconds) for limit, seconds in passes}
+            self._windows = {}
+            for limit, seconds in trials:
+                self._windows.setdefault(int(limit), []).append(float(seconds))
+
+    def _following(self, largest: int, room: float) -> Optional[int]:
+        """Returns the limit for the next window, or ``None`` if there is nothing left to try."""
+        timings = self.timings()
+        if not timings and self._passes:
+            return self.limit
+        best = min(timings, key=lambda limit: timings[limit], default=self.limit)
+        for limit in self._candidates(best):
+            # From twice the costliest batch on, nothing is cut, as with half the limit.
+            is_new = limit not in timings and self._unit <= limit < 2 * largest
+            if is_new and self._fits(limit, room) and not self._is_hopeless(limit, best):
+                return limit
+        rivals = sorted(timings, key=lambda limit: timings[limit])[: self._REACH]
+        for limit in rivals if len(rivals) > 1 else ():
+            if len(self._windows[limit]) == 1 and timings[limit] < self._CLOSE * timings[best]:
+                return limit
+        return None
+
+    def _candidates(self, best: int) -> Iterator[int]:
+        """Returns an iterator over limits around the best one so far, the most promising first."""
+        if len(self._passes) <= 1 and best == max(self._windows, default=best):
+            yield from (best * self._LEAP, best * self._LEAP // 2)
+        for step in range(1, self._REACH + 1):
+            yield from (best * 2**step, best // 2**step)
+
+    def _is_hopeless(self, limit: int, best: int) -> bool:
+        passes = self._passes
+        return limit in passes and best in passes and passes[limit] > self._HOPELESS * passes[best]
+
+    def _fits(self, limit: int, room: float) -> bool:
+        num_bytes = self.footprint.predict(limit)
+        return limit < self._failed and (num_bytes is None or num_bytes * _MARGIN <= room)

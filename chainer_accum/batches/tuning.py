@@ -1,0 +1,170 @@
+"""TunedMicroBatchSize: the fastest limit of a pass that fits in memory.
+
+The first pass has one example. As long as the next larger pass is predicted to fit, each pass is twice as large as the
+one before it, so the first window shows how memory and time grow. The windows that follow have one limit each, and are
+compared by their time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from typing import Any, Dict, Hashable, Iterator, Optional, Tuple
+
+import chainer
+
+from chainer_accum._arguments import check_int
+from chainer_accum._devices import free_memory, synchronize
+from chainer_accum.batches.cutting import Grouped, Load, Measured
+from chainer_accum.batches.memory import Memory, MemoryLimit, make_share, memory_of
+from chainer_accum.batches.search import Search
+from chainer_accum.batches.sizes import EXAMPLES, TOKENS, Limit, MicroBatchSize
+from chainer_accum.batches.token_budget import TokenBudget
+
+
+class TunedMicroBatchSize(MicroBatchSize):
+    """The limit with the shortest window among those that fit in memory.
+
+    Windows of another kind have a search of their own, unless they occur singly, as at the end of the data.
+
+    Args:
+        memory_limit: How much memory may be in use: bytes, a share such as ``'80%'``, or ``None`` for the default.
+        **kwargs: Arguments of :class:`MicroBatchSize`.
+
+    """
+
+    is_tuned = True
+
+    def __init__(self, memory_limit: MemoryLimit = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._share = make_share(memory_limit)
+        self._search = Search()
+        self._searches: Dict[Hashable, Search] = {}
+        self._last_kind: Hashable = None
+        self._device: Optional[chainer.backend.Device] = None
+        self._memory: Optional[Memory] = None
+        self._ceiling = math.inf
+
+    @property
+    def limit(self) -> int:
+        return self._search.limit
+
+    @property
+    def timings(self) -> Dict[int, float]:
+        return self._search.timings()
+
+    def begin_window(self, device: chainer.backend.Device) -> None:
+        if self._device is None:
+            self._device = device
+            self._memory = memory_of(device)
+            if self._memory is not None:
+                self._ceiling = self._memory.ceiling(self._share)
+                self._search.shrink_to_fit(self._room())  # what a snapshot says may not fit here
+        if self._memory is None and self._search.is_growing:
+            self._search.skip_growing()
+        super().begin_window(device)
+
+    def begin_again(self) -> None:
+        super().begin_again()
+        self._seconds = 0.0
+        self._num_timed = 0  # tokens
+        self._costliest = 0
+        self._peak = 0.0
+        self._in_use = 0.0
+        if self._memory is not None and not self._search.is_over:
+            free_memory(self._device)
+            self._in_use = self._memory.in_use()
+            self._search.shrink_to_fit(self._ceiling - self._in_use)
+        self._first_limit = self.limit
+        self._predicted = self._search.footprint.predict(self.limit)
+
+    @contextlib.contextmanager
+    def measuring(self, load: Load) -> Iterator[None]:
+        search, memory = self._search, self._memory
+        if search.is_over:
+            yield
+            return
+        in_use = 0.0 if memory is None or not search.is_growing else memory.in_use()
+        synchronize(self._device)
+        began = time.perf_counter()
+        yield
+        synchronize(self._device)
+        seconds = time.perf_counter() - began
+        self._seconds += seconds
+        self._num_timed += load.num_tokens
+        self._costliest = max(self._costliest, load.cost)
+        peak = 0.0 if memory is None else memory.peak()
+        self._peak = max(self._peak, peak)
+        if search.is_growing:
+            search.footprint.add(load.cost, peak - in_use)
+            search.end_pass(load.cost, seconds / max(load.num_tokens, 1), self._room())
+
+    def lower(self, failed: int) -> None:
+        self._search.lower(failed)
+
+    def end_window(self, kind: Hashable, largest: int) -> Dict[str, float]:
+        observation = {**super().end_window(kind, largest), self._unit.limit: float(self.limit)}
+        is_homogeneous = self.limit == self._first_limit
+        if not self._search.is_over and self._num_timed > 0:
+            seconds = self._seconds / self._num_timed
+            if is_homogeneous:
+                observation[self._unit.seconds] = seconds
+            if self._memory is not None:
+                observation["peak_memory"] = self._peak
+                if is_homogeneous and self._predicted is not None:
+                    observation["predicted_peak_memory"] = self._in_use + self._predicted
+                if is_homogeneous:
+                    self._search.footprint.add(self._costliest, self._peak - self._in_use)
+            self._search.end_window(seconds if is_homogeneous else None, largest, self._room())
+        if self._unit == EXAMPLES:
+            self._change_kind((kind, largest))
+        return observation
+
+    def serialize(self, serializer: chainer.AbstractSerializer) -> None:
+        self._search.serialize(serializer)
+
+    def _room(self) -> float:
+        """Returns the bytes that are free."""
+        return math.inf if self._memory is None else self._ceiling - self._memory.in_use()
+
+    def _change_kind(self, kind: Hashable) -> None:
+        """Continues with the search for windows of this kind, if two in a row are of it."""
+        if not self._searches:
+            self._searches[kind] = self._search
+        elif kind == self._last_kind:
+            self._search = self._searches.setdefault(kind, Search())
+        self._last_kind = kind
+
+
+def make_micro_batch_size(micro_batch_size: Limit, memory_limit: MemoryLimit = None) -> MicroBatchSize:
+    """Returns what limits a pass, for the arguments of an updater."""
+    is_auto, kwargs = _arguments(micro_batch_size)
+    if is_auto:
+        return TunedMicroBatchSize(memory_limit, **kwargs)
+    if memory_limit is not None:
+        make_share(memory_limit)
+        raise ValueError(
+            f"memory_limit must be None unless the size of micro-batches is searched for, got {memory_limit!r}; set "
+            "micro_batch_size='auto' or TokenBudget('auto', ...)"
+        )
+    return MicroBatchSize(**kwargs)
+
+
+def _arguments(micro_batch_size: Limit) -> Tuple[bool, Dict[str, Any]]:
+    """Returns whether the limit is searched for, and the arguments of :class:`MicroBatchSize`."""
+    if isinstance(micro_batch_size, TokenBudget):
+        budget = micro_batch_size
+        is_auto, max_tokens = (False, budget.max_tokens) if isinstance(budget.max_tokens, int) else (True, None)
+        arrange = functools.partial(Measured, length_func=budget.length_func, max_tokens=max_tokens)
+        kwargs = {"arrange": arrange, "limit": max_tokens, "unit": TOKENS, "across_window": budget.across_window}
+        return is_auto, kwargs
+    if callable(micro_batch_size):
+        return False, {"arrange": functools.partial(Grouped, function=micro_batch_size)}
+    if micro_batch_size is None:
+        return False, {}
+    if isinstance(micro_batch_size, str) and micro_batch_size == "auto":
+        return True, {}
+    remedy = "use None to leave batches whole, 'auto' to find the fastest, a TokenBudget, or a function"
+    return False, {"limit": check_int("micro_batch_size", micro_batch_size, 1, remedy)}
