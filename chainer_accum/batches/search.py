@@ -20,7 +20,8 @@ class Footprint:
 
     def add(self, cost: int, num_bytes: float) -> None:
         """Records what a pass has taken."""
-        self.measured[cost] = max(num_bytes, 0.0)
+        # Some of what earlier passes took may have been at hand for this one.
+        self.measured[cost] = max(num_bytes, self.measured.get(cost, 0.0))
 
     def predict(self, cost: int) -> Optional[float]:
         """Returns the bytes for a pass, or ``None`` if nothing has been measured."""
@@ -78,33 +79,39 @@ class Search:
         """Begins at a usual limit, where memory cannot be measured."""
         self.limit, self.is_growing = self.FIRST_UNMEASURED, False
 
-    def end_pass(self, cost: int, seconds: float, room: float) -> None:
+    def end_pass(self, cost: int, seconds: float, num_bytes: float, room: float) -> None:
         """Doubles the limit after a pass, if twice its cost fits in memory and may be faster.
 
         Args:
             cost (int): What the pass cost.
             seconds (float): Seconds per token.
+            num_bytes (float): Bytes that it took.
             room (float): Bytes that are free.
 
         """
-        if not self._passes:  # the first pass includes one-time work, so the limit stays for another one
+        if not self._passes:  # the first pass also makes what stays, so the limit stays for another one
             self._unit = self.limit = max(cost, 1)
             self._passes[self.limit] = math.inf
             return
         if 2 * cost <= self.limit:
             return  # the last part of a batch, or one that was cut before the limit grew
         self._passes[self.limit] = seconds
+        self.footprint.add(cost, num_bytes)
         best = min(self._passes, key=lambda limit: self._passes[limit])
-        if self.limit < best * 2**self._REACH and self._fits(2 * self.limit, room):
+        ratio = self.limit // best  # a single pass may be slow by chance
+        is_slower = ratio >= 2 * 2**self._REACH or ratio >= 2**self._REACH and self._is_hopeless(self.limit, best)
+        if not is_slower and self._fits(2 * self.limit, room):
             self.limit *= 2
         else:
             self.limit, self.is_growing = best, False
 
-    def end_window(self, seconds: Optional[float], largest: int, room: float) -> None:
+    def end_window(self, seconds: Optional[float], cost: int, num_bytes: float, largest: int, room: float) -> None:
         """Records a window and chooses the next limit.
 
         Args:
             seconds (float): Seconds per token, or ``None`` if the limit has changed in the window.
+            cost (int): What the costliest pass cost.
+            num_bytes (float): Bytes that the window took.
             largest (int): The cost of the costliest batch, as one pass.
             room (float): Bytes that are free.
 
@@ -112,6 +119,7 @@ class Search:
         self._num_windows += 1
         if seconds is not None and self._num_windows > 1:  # the first window includes one-time work
             self._windows.setdefault(self.limit, []).append(seconds)
+            self.footprint.add(cost, num_bytes)
         if self.is_growing and len(self._passes) > 1:
             if self.limit < largest and self._num_windows < self.MOST_WINDOWS:
                 return
@@ -165,7 +173,7 @@ class Search:
     def _following(self, largest: int, room: float) -> Optional[int]:
         """Returns the limit for the next window, or ``None`` if there is nothing left to try."""
         timings = self.timings()
-        if not timings and self._passes:
+        if not timings:
             return self.limit
         best = min(timings, key=lambda limit: timings[limit], default=self.limit)
         for limit in self._candidates(best):

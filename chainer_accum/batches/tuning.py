@@ -98,8 +98,7 @@ class TunedMicroBatchSize(MicroBatchSize):
         peak = 0.0 if memory is None else memory.peak()
         self._peak = max(self._peak, peak)
         if search.is_growing:
-            search.footprint.add(load.cost, peak - in_use)
-            search.end_pass(load.cost, seconds / max(load.num_tokens, 1), self._room())
+            search.end_pass(load.cost, seconds / max(load.num_tokens, 1), peak - in_use, self._room())
 
     def lower(self, failed: int) -> None:
         self._search.lower(failed)
@@ -115,9 +114,8 @@ class TunedMicroBatchSize(MicroBatchSize):
                 observation["peak_memory"] = self._peak
                 if is_homogeneous and self._predicted is not None:
                     observation["predicted_peak_memory"] = self._in_use + self._predicted
-                if is_homogeneous:
-                    self._search.footprint.add(self._costliest, self._peak - self._in_use)
-            self._search.end_window(seconds if is_homogeneous else None, largest, self._room())
+            taken = self._peak - self._in_use
+            self._search.end_window(seconds if is_homogeneous else None, self._costliest, taken, largest, self._room())
         if self._unit == EXAMPLES:
             self._change_kind((kind, largest))
         return observation
