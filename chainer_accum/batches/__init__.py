@@ -7,7 +7,7 @@ from chainer_accum.batches.arguments import Arguments
 from chainer_accum.batches.epochs import EpochRecord
 from chainer_accum.batches.micro_batches import EPOCH_BOUNDARIES, MicroBatch, MicroBatches, WeightFunc, count_examples
 from chainer_accum.batches.prefetching import prepare_ahead, prepare_lazily
-from chainer_accum.batches.schedules import Schedule, Steps
+from chainer_accum.batches.schedules import Schedule, Steps, make_schedule
 from chainer_accum.batches.sizes import MicroBatchSize, OutOfMemory, make_micro_batch_size, retryable_memory_errors
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "WeightFunc",
     "count_examples",
     "make_micro_batch_size",
+    "make_schedule",
     "prepare_ahead",
     "prepare_lazily",
     "retryable_memory_errors",
