@@ -99,7 +99,7 @@ class WindowUpdater(StandardUpdater):
         self._used_links = UsedLinks()
         self._has_failed = False
         self._window: Optional[Window] = None  # the current window
-        self.effective_batch_size: Optional[int] = None
+        self._effective_batch_size: Optional[int] = None
         self.gradient_norm_interval: Optional[int] = None
         self.gradient_norms: Optional[GradientNorms] = None
 
@@ -165,7 +165,7 @@ class WindowUpdater(StandardUpdater):
         except StopIteration:
             if not join_update(optimizer, self._options):
                 raise
-            self.effective_batch_size = 0
+            self._effective_batch_size = 0
             return 0
         self._size.begin_window(optimizer.target.device)
         with self._whole_window():
@@ -283,7 +283,7 @@ class WindowUpdater(StandardUpdater):
     def _keep_books(self, num_batches: int, num_examples: Optional[int], num_epochs: int) -> None:
         """Records how many batches, examples and epochs the step consumed."""
         self._steps = num_batches
-        self.effective_batch_size = num_examples
+        self._effective_batch_size = num_examples
         if self.auto_new_epoch:
             for _ in range(num_epochs):
                 self.get_optimizer("main").new_epoch(auto=True)

@@ -79,6 +79,8 @@ class CachedGradientUpdater(AccumulatingUpdater):
         encoder: Function that maps converted examples to what the loss function compares. The target link of the main
             optimizer is used by default.
         accumulation_steps: Number of iterator batches per update. See :class:`~chainer_accum.AccumulatingUpdater`.
+        effective_batch_size: Number of examples per update, instead of ``accumulation_steps``. See
+            :class:`~chainer_accum.AccumulatingUpdater`.
         micro_batch_size: The largest number of examples that are encoded at a time, or ``'auto'``. Larger iterator
             batches are split as evenly as possible. If ``None``, iterator batches stay whole.
         weight_func (callable): Function that takes the examples of a micro-batch, as the iterator returned them, and
@@ -116,6 +118,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
         input_device: Optional[DeviceSpec] = None,
         encoder: Optional[Callable[..., Any]] = None,
         accumulation_steps: Steps = 1,
+        effective_batch_size: Optional[Steps] = None,
         micro_batch_size: Limit = None,
         weight_func: Optional[WeightFunc] = None,
         epoch_boundary: str = "carry",
@@ -136,6 +139,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
             auto_new_epoch,
             input_device=input_device,
             accumulation_steps=accumulation_steps,
+            effective_batch_size=effective_batch_size,
             micro_batch_size=micro_batch_size,
             weight_func=weight_func,
             epoch_boundary=epoch_boundary,

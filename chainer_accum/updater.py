@@ -25,11 +25,12 @@ from chainer_accum.batches import (
     Steps,
     WeightFunc,
     make_micro_batch_size,
+    make_schedule,
 )
 from chainer_accum.lockstep import StoreSpec, make_lockstep_policy
 from chainer_accum.observations import ObservationRules
 from chainer_accum.optimizer import check_not_accumulating
-from chainer_accum.window import WindowOptions, links_communicate, window_class
+from chainer_accum.window import WindowOptions, communicator_of, links_communicate, window_class
 
 
 class AccumulatingUpdater(WindowUpdater):
@@ -39,10 +40,10 @@ class AccumulatingUpdater(WindowUpdater):
     graph of only one micro-batch at a time. It is one ``optimizer.update()`` and one ``iteration``: hooks, triggers,
     extensions and snapshots see effective batches only.
 
-    An effective batch is made of ``accumulation_steps`` batches from the iterator, each split into micro-batches of at
-    most ``micro_batch_size`` examples. With neither argument, this works like ``StandardUpdater``. Each micro-batch has
-    its own forward pass, so batch statistics, as in batch normalization, are those of the micro-batch, unless the
-    micro-batches run in ``lockstep``.
+    An effective batch is made of ``accumulation_steps`` batches from the iterator, or of as many as have
+    ``effective_batch_size`` examples. Each is split into micro-batches of at most ``micro_batch_size`` examples.
+    Without these arguments, this works like ``StandardUpdater``. Each micro-batch has its own forward pass, so batch
+    statistics, as in batch normalization, are those of the micro-batch, unless the micro-batches run in ``lockstep``.
 
     With several iterators or optimizers by name, the main ones are used. With a multi-node optimizer of ChainerMN, an
     effective batch spans all ranks, each with its own updater and iterator.
@@ -67,6 +68,9 @@ class AccumulatingUpdater(WindowUpdater):
         accumulation_steps: Number of iterator batches per update: an int; a dictionary from epochs, counted from 0, to
             the number that applies from then on, such as ``{0: 1, 10: 4}``; or a function that takes the updater and
             returns the number for its next update.
+        effective_batch_size: Number of examples per update on all ranks together, instead of ``accumulation_steps``: an
+            int, a dictionary from epochs, or a function of the updater, as there. The number of iterator batches
+            follows from ``iterator.batch_size`` and the number of ranks, whose product must divide the number.
         micro_batch_size: The largest number of examples in one forward/backward pass. Larger iterator batches are split
             as evenly as possible. If ``None``, iterator batches stay whole. ``'auto'`` finds the fastest size that fits
             in memory by timing different sizes during the first updates. It reports the size as ``micro_batch_size``
@@ -105,9 +109,11 @@ class AccumulatingUpdater(WindowUpdater):
 
     Attributes:
         accumulation_steps (int): Number of iterator batches in the last update. Before the first update, the number for
-            it, or 1 if a function decides. Assign anything that the argument accepts to change it for later updates.
-        effective_batch_size (int): Number of examples in the last update, without skipped ones, or ``None`` if unknown:
-            before the first update, or if iterator batches are not lists.
+            it, or 1 if a function decides. Assign anything that the argument accepts to change it for later updates;
+            this replaces the argument ``effective_batch_size`` as well.
+        effective_batch_size (int): Number of examples in the last update, without skipped ones and without those of
+            other ranks, or ``None`` if unknown: before the first update, or if iterator batches are not lists. It
+            cannot be set.
         micro_batch_size (int): The largest number of examples in one forward/backward pass of the next update, or
             ``None``. It is lowered when memory runs out.
         gradient_norm_interval (int): If set to n, the gradient norms of all micro-batches are measured every n updates.
@@ -138,6 +144,7 @@ class AccumulatingUpdater(WindowUpdater):
         *,
         input_device: Optional[DeviceSpec] = None,
         accumulation_steps: Steps = 1,
+        effective_batch_size: Optional[Steps] = None,
         micro_batch_size: Limit = None,
         weight_func: Optional[WeightFunc] = None,
         loss_reduction: str = "mean",
@@ -167,7 +174,9 @@ class AccumulatingUpdater(WindowUpdater):
             check_callable("loss_func", loss_func)
         if weight_func is not None:
             check_callable("weight_func", weight_func)
-        schedule = Schedule(accumulation_steps)
+        communicator = communicator_of(optimizers["main"])
+        num_ranks = 1 if communicator is None else communicator.size
+        schedule = make_schedule(accumulation_steps, effective_batch_size, iterators["main"], num_ranks)
         size = make_micro_batch_size(micro_batch_size, memory_limit)
         if split_when_out_of_memory is not None:
             check_bool("split_when_out_of_memory", split_when_out_of_memory, "use None for the default")
@@ -236,6 +245,10 @@ class AccumulatingUpdater(WindowUpdater):
         self._steps = self._schedule.known(self) or self._steps
 
     @property
+    def effective_batch_size(self) -> Optional[int]:
+        return self._effective_batch_size
+
+    @property
     def loss_reduction(self) -> str:
         """Whether the loss is a ``'mean'`` or a ``'sum'`` over its examples."""
         return self._options.loss_reduction
@@ -269,14 +282,7 @@ class AccumulatingUpdater(WindowUpdater):
 # Arguments that are not attributes, or are read-only.
 _SET_ONCE = frozenset(
     [
-        *(
-            "micro_batch_size",
-            "epoch_boundary",
-            "observation_rules",
-            "prefetch",
-            "split_when_out_of_memory",
-            "memory_limit",
-        ),
-        *("nonfinite", "running_statistics", "loss_reduction", "lockstep"),
+        *("micro_batch_size", "epoch_boundary", "observation_rules", "prefetch", "split_when_out_of_memory"),
+        *("nonfinite", "running_statistics", "loss_reduction", "lockstep", "effective_batch_size", "memory_limit"),
     ]
 )

@@ -482,9 +482,10 @@ def make_cached(model, dataset=None, batch_size=BATCH, optimizer=None, **kwargs)
 
 
 @pytest.mark.parametrize("keep_graph_on_report", [False, True])
-def test_the_encoder_runs_twice_and_keeps_one_graph_and_the_loss_once(keep_graph_on_report):
+@pytest.mark.parametrize("number", [{"accumulation_steps": 2}, {"effective_batch_size": 20}], ids=["steps", "size"])
+def test_the_encoder_runs_twice_and_keeps_one_graph_and_the_loss_once(keep_graph_on_report, number):
     model = Watched()
-    updater = make_cached(model, batch_size=10, accumulation_steps=2, micro_batch_size=6)
+    updater = make_cached(model, batch_size=10, micro_batch_size=6, **number)
     with chainer.using_config("keep_graph_on_report", keep_graph_on_report):
         run(updater, 2)
     assert model.calls == 2 * [*[(5, False)] * 4, ("loss", 20, 20), *[(5, True)] * 4]

@@ -75,6 +75,13 @@ class ThreadCommunicator:
         return self._meeting.exchange(self.rank, collective, value)
 
 
+def make_multi_node(optimizer: Any, communicator: ThreadCommunicator, zero_fill: bool = True) -> Any:
+    """Returns the multi-node optimizer of a rank, without create_multi_node_optimizer, which asks for MPI."""
+    from chainermn.optimizers import _MultiNodeOptimizer
+
+    return _MultiNodeOptimizer(optimizer, communicator, zero_fill)
+
+
 def run_ranks(size: int, program: Callable[[ThreadCommunicator], Any]) -> List[Any]:
     """Runs the program on so many ranks at once and returns what each returned. Raises if one raised."""
     meeting = _Meeting(size)

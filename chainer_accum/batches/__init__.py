@@ -9,7 +9,7 @@ from chainer_accum.batches.epochs import EpochRecord
 from chainer_accum.batches.memory import MemoryLimit
 from chainer_accum.batches.micro_batches import EPOCH_BOUNDARIES, MicroBatch, MicroBatches, WeightFunc
 from chainer_accum.batches.prefetching import prepare_ahead, prepare_lazily
-from chainer_accum.batches.schedules import Schedule, Steps
+from chainer_accum.batches.schedules import Schedule, Steps, make_schedule
 from chainer_accum.batches.sizes import Limit, MicroBatchSize, OutOfMemory
 from chainer_accum.batches.token_budget import TokenBudget
 from chainer_accum.batches.tuning import make_micro_batch_size
@@ -31,6 +31,7 @@ __all__ = [
     "WeightFunc",
     "count_examples",
     "make_micro_batch_size",
+    "make_schedule",
     "prepare_ahead",
     "prepare_lazily",
     "together",

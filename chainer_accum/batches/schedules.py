@@ -2,12 +2,17 @@
 
 The schedule is evaluated once, when a window begins. It is a function of the updater, whose epoch and iteration are in
 every snapshot. So it needs no state of its own, and a resumed run continues with the right number.
+
+Its numbers count iterator batches, or the examples of all ranks. In the latter case, the number of iterator batches
+follows from the batch size of the iterator and the number of ranks.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Optional, Union
+import numbers
+from typing import Any, Callable, Dict, Mapping, Optional, Protocol, Union
 
+import chainer
 from chainer.training.updaters import StandardUpdater
 
 from chainer_accum._arguments import call, check_int
@@ -15,45 +20,119 @@ from chainer_accum._arguments import call, check_int
 Steps = Union[int, Mapping[int, int], Callable[[Any], int]]
 
 
+class Unit(Protocol):
+    """What the numbers of a schedule count.
+
+    Attributes:
+        argument (str): The name of the argument that gives these numbers.
+
+    """
+
+    argument: str
+
+    def to_steps(self, name: str, number: object) -> int:
+        """Returns how many iterator batches the number stands for. Error messages refer to it by ``name``.
+
+        Raises:
+            TypeError: If the number is not an int.
+            ValueError: If it is not possible.
+
+        """
+
+
+class Batches:
+    """Numbers that count iterator batches."""
+
+    argument = "accumulation_steps"
+
+    def to_steps(self, name: str, number: object) -> int:
+        return check_int(name, number, 1, "use 1 to disable accumulation")
+
+
+class Examples:
+    """Numbers that count the examples of all ranks.
+
+    Each rank reads an equal share of them, so the ranks may even have iterators of different batch sizes.
+
+    Args:
+        iterator (~chainer.dataset.Iterator): Dataset iterator of this rank. It has an attribute ``batch_size``.
+        num_ranks (int): Number of ranks.
+
+    """
+
+    argument = "effective_batch_size"
+
+    def __init__(self, iterator: chainer.dataset.Iterator, num_ranks: int) -> None:
+        self._iterator = iterator
+        self._num_ranks = num_ranks
+
+    def to_steps(self, name: str, number: object) -> int:
+        size = check_int(name, number, 1, "give the number of examples per update")
+        batch_size = self._batch_size()
+        step = batch_size * self._num_ranks
+        if size % step:
+            lower = size - size % step
+            nearest = f"{lower} or {lower + step}" if lower else f"{step}"
+            ranks = "1 rank" if self._num_ranks == 1 else f"{self._num_ranks} ranks"
+            raise ValueError(
+                f"{name} must be a multiple of {step} (iterator batches of {batch_size} on {ranks}), got {size}; "
+                f"use {nearest}, or another batch size of the iterator"
+            )
+        return size // step
+
+    def _batch_size(self) -> int:
+        value = getattr(self._iterator, "batch_size", None)
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise TypeError(
+                "iterator must have a batch_size of 1 or more for effective_batch_size, "
+                f"got {type(self._iterator).__name__} with {value!r}; use accumulation_steps instead"
+            )
+        return int(value)
+
+
 class Schedule:
     """The number of iterator batches in each window.
 
     Args:
-        accumulation_steps: An int; or a dictionary from epochs, counted from 0, to the number that applies from then on
-            (before the first of them, it is 1); or a function that takes the updater and returns the number.
+        value: An int; or a dictionary from epochs, counted from 0, to the number that applies from then on (before the
+            first of them, a window is one iterator batch); or a function that takes the updater and returns the number.
+        unit (Unit): What the numbers count.
 
     Raises:
         TypeError: If a number is not an int.
-        ValueError: If a number is not positive, an epoch is negative, or the dictionary is empty.
+        ValueError: If a number is not possible, an epoch is negative, or the dictionary is empty.
 
     """
 
-    def __init__(self, accumulation_steps: Steps) -> None:
+    def __init__(self, value: Steps, unit: Optional[Unit] = None) -> None:
+        self._unit: Unit = unit or Batches()
         self._function: Optional[Callable[[Any], int]] = None
-        self._by_epoch = {0: 1}
-        if callable(accumulation_steps):
-            self._function = accumulation_steps
-        elif isinstance(accumulation_steps, Mapping):
-            if not accumulation_steps:
-                raise ValueError(
-                    "accumulation_steps must map epochs to numbers, got {}; pass one such as {0: 1, 10: 4}"
-                )
-            for epoch, steps in accumulation_steps.items():
-                epoch = check_int("an epoch in accumulation_steps", epoch, 0, "count epochs from 0")
-                self._by_epoch[epoch] = _check_steps(f"accumulation_steps[{epoch}]", steps)
+        self._by_epoch: Dict[int, Optional[int]] = {0: None}  # None is one iterator batch
+        name = self._unit.argument
+        if callable(value):
+            self._function = value
+        elif isinstance(value, Mapping):
+            if not value:
+                raise ValueError(f"{name} must map epochs to numbers, got {{}}; give at least one epoch and its number")
+            for epoch, number in value.items():
+                epoch = check_int(f"an epoch in {name}", epoch, 0, "count epochs from 0")
+                self._unit.to_steps(f"{name}[{epoch}]", number)  # raises if it is not possible
+                self._by_epoch[epoch] = number
         else:
-            self._by_epoch[0] = _check_steps("accumulation_steps", accumulation_steps)
+            self._unit.to_steps(name, value)
+            self._by_epoch[0] = value
 
     def ask(self, updater: StandardUpdater) -> int:
         """Returns the number for the window that begins now."""
         if self._function is None:
             return self._find(updater)
-        return _check_steps("the value of accumulation_steps", call("accumulation_steps", self._function, updater))
+        name = self._unit.argument
+        return self._unit.to_steps(f"the value of {name}", call(name, self._function, updater))
 
     @property
     def is_always_one(self) -> bool:
         """Whether each window is one iterator batch."""
-        return self._function is None and set(self._by_epoch.values()) == {1}
+        return self._function is None and all(self._to_steps(number) == 1 for number in self._by_epoch.values())
 
     def known(self, updater: StandardUpdater) -> Optional[int]:
         """Returns the number for the next window, or ``None`` if a function decides."""
@@ -61,9 +140,29 @@ class Schedule:
 
     def _find(self, updater: StandardUpdater) -> int:
         if len(self._by_epoch) == 1:
-            return self._by_epoch[0]
-        return self._by_epoch[max(start for start in self._by_epoch if start <= updater.epoch)]
+            return self._to_steps(self._by_epoch[0])
+        return self._to_steps(self._by_epoch[max(start for start in self._by_epoch if start <= updater.epoch)])
+
+    def _to_steps(self, number: Optional[int]) -> int:
+        return 1 if number is None else self._unit.to_steps(self._unit.argument, number)
 
 
-def _check_steps(name: str, value: object) -> int:
-    return check_int(name, value, 1, "use 1 to disable accumulation")
+def make_schedule(
+    accumulation_steps: Steps, effective_batch_size: Optional[Steps], iterator: chainer.dataset.Iterator, num_ranks: int
+) -> Schedule:
+    """Returns the schedule for the arguments of an updater.
+
+    Raises:
+        TypeError: If a number is not an int, or the iterator has no batch size and needs one.
+        ValueError: If a number is not possible, or both arguments were given.
+
+    """
+    schedule = Schedule(accumulation_steps)
+    if effective_batch_size is None:
+        return schedule
+    if accumulation_steps != 1:
+        raise ValueError(
+            f"effective_batch_size must be None with accumulation_steps, got effective_batch_size="
+            f"{effective_batch_size!r} and accumulation_steps={accumulation_steps!r}; give one of them"
+        )
+    return Schedule(effective_batch_size, Examples(iterator, num_ranks))

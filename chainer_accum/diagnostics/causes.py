@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable, List, NamedTuple, Sequence
+from typing import Any, Iterable, List, NamedTuple, Sequence, Tuple
 
 import chainer
 import numpy
@@ -18,7 +18,8 @@ class Cause(NamedTuple):
     Attributes:
         name (str): ``'batch normalization'``, ``'randomness'``, ``'state'``, ``'float16'``, ``'sum'`` (the loss is a
             sum over examples), ``'mean'`` (it is a mean over examples), ``'normalizer'`` (it is divided by something
-            else), ``'comparison'`` (it compares examples), or ``'unknown'``.
+            else), ``'padding'`` (it depends on how far examples are padded), ``'comparison'`` (it compares examples),
+            or ``'unknown'``.
         explanation (str): What was found.
         remedy (str): What to set or change.
 
@@ -57,6 +58,13 @@ _BATCH_NORMALIZATION = Cause(
 
 _SUM = Cause("sum", "The loss is a sum over examples.", "Set loss_reduction='sum'.")
 
+_PADDING = Cause(
+    "padding",
+    "The gradient of a micro-batch depends on the size to which its examples are padded, so the model or the loss "
+    "reads padding. The converter pads micro-batches less than the whole batch.",
+    "Mask the padded positions in the model and in the loss, or let the converter pad all examples to a fixed size.",
+)
+
 _COMPARISON = Cause(
     "comparison",
     "No weights make the gradients of the micro-batches add up to that of the batch: something is computed over all "
@@ -82,12 +90,14 @@ _UNKNOWN = Cause(
 
 def find_causes(trials: Trials, full: Gradient) -> List[Cause]:
     """Returns the causes. The search for each one excludes those already found."""
-    causes = []
+    causes: List[Cause] = []
     wide = trials.widened() if trials.itemsize == 2 else None
     if wide is not None:
         if compare(full, wide)[0] > TOLERANCES[2]:
             causes.append(_FLOAT16)
         full = wide
+    if trials.settings.lockstep is not None and _agrees_if_padded_alike(trials, full):
+        return [*causes, _PADDING]  # in lockstep, the other causes make no difference
     can_be_repeated = not _differs(trials, full)
     if not can_be_repeated or _differs(trials, full, same_state=False):
         causes.append(_STATE)
@@ -105,36 +115,79 @@ def find_causes(trials: Trials, full: Gradient) -> List[Cause]:
     return causes + wrong or [_UNKNOWN]
 
 
+def _agrees_if_padded_alike(trials: Trials, full: Gradient) -> bool:
+    """Returns whether the accumulated step is the full-batch step if all parts are padded like the whole batch."""
+    alike = trials.padded_alike()
+    try:
+        return alike is not None and compare(alike.accumulated(), full)[0] <= TOLERANCES[trials.itemsize]
+    except Exception:  # lockstep refuses what it cannot make exact
+        return False
+
+
 def _find_wrong_factors(trials: Trials) -> List[Cause]:
     """Returns what is wrong with the factors of the micro-batch gradients, or with the loss if no factors are right."""
-    settings, parts = trials.settings, trials.parts
     try:
         full = trials.full_batch()
         check_usable(full)
-        gradients = [_finite_or_zero(trials.single(part)) for part in parts]
+        parts = _Parts(trials, full)
     except Exception:  # in test mode, a model may return anything
         return [_HIDDEN]
     if _differs(trials, full, same_random=False):
         return [_HIDDEN]
+    _, wrong = parts.explain()
+    alike = trials.padded_alike() if wrong else None
+    if alike is None:
+        return wrong
+    try:
+        factors, others = _Parts(alike, full).explain()
+    except Exception:  # the model may refuse arrays that are longer than each of its examples
+        return wrong
+    is_padding = _COMPARISON not in others and not parts.add_up(factors)
+    return [_PADDING, *others] if is_padding else wrong
 
-    def are_right(factors: numpy.ndarray) -> bool:
-        total = {name: sum(c * g[name].astype(float) for c, g in zip(factors, gradients)) for name in full}
-        return compare(total, full)[0] <= TOLERANCES[trials.itemsize]
 
-    counts = numpy.array([len(part) for part in parts])
-    if are_right(_factors(settings, parts)):
-        return []
-    factors = _fit_factors(gradients, full)
-    if are_right(numpy.ones(len(parts))) and factors.sum() > 1.5:  # a single nonzero gradient would fit a mean as well
-        return [_SUM]
-    if are_right(counts / counts.sum()):
-        return [_wrong_for_a_mean(settings)]
-    slack = 10 * TOLERANCES[trials.itemsize]
-    if not are_right(factors) or factors.min() < -slack:
-        return [_COMPARISON]
-    if abs(factors.sum() - 1) > slack:
-        return [_neither_mean_nor_sum(factors)]
-    return [_wrong_weights(settings, parts, factors)]
+class _Parts:
+    """The gradients of the micro-batches, and the factors with which they add up to the gradient of the batch.
+
+    Args:
+        trials (Trials): The trials.
+        full (dict): The gradient of the batch.
+
+    """
+
+    def __init__(self, trials: Trials, full: Gradient) -> None:
+        self._settings = trials.settings
+        self._parts = trials.parts
+        self._tolerance = TOLERANCES[trials.itemsize]
+        self._full = full
+        self._gradients = [_finite_or_zero(trials.single(part)) for part in trials.parts]
+
+    def add_up(self, factors: numpy.ndarray) -> bool:
+        """Returns whether the gradients, multiplied by the factors, add up to that of the batch."""
+        total = {
+            name: sum(c * gradient[name].astype(float) for c, gradient in zip(factors, self._gradients))
+            for name in self._full
+        }
+        return compare(total, self._full)[0] <= self._tolerance
+
+    def explain(self) -> Tuple[numpy.ndarray, List[Cause]]:
+        """Returns the right factors, or the closest ones, and what is wrong with those of the accumulated step."""
+        counts = numpy.array([len(part) for part in self._parts])
+        ones, shares = numpy.ones(len(counts)), counts / counts.sum()
+        used = _factors(self._settings, self._parts)
+        if self.add_up(used):
+            return used, []
+        factors = _fit_factors(self._gradients, self._full)
+        if self.add_up(ones) and factors.sum() > 1.5:  # a single nonzero gradient would fit a mean as well
+            return ones, [_SUM]
+        if self.add_up(shares):
+            return shares, [_wrong_for_a_mean(self._settings)]
+        slack = 10 * self._tolerance
+        if not self.add_up(factors) or factors.min() < -slack:
+            return factors, [_COMPARISON]
+        if abs(factors.sum() - 1) > slack:
+            return factors, [_neither_mean_nor_sum(factors)]
+        return factors, [_wrong_weights(self._settings, self._parts, factors)]
 
 
 def _wrong_for_a_mean(settings: Settings) -> Cause:

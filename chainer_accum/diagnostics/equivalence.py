@@ -4,8 +4,8 @@ The answer depends on the whole model: on each layer, on the loss, and on what t
 not tell, so both steps are run and compared. If they differ, further steps follow, each of which excludes one possible
 cause. Different random numbers reveal randomness; a second call reveals state; test mode excludes batch normalization
 and dropout; float32 excludes the rounding of float16. What remains is linear: the weights with which the gradients of
-the micro-batches add up to that of the batch show what the loss is divided by. If no such weights exist, something is
-computed over the whole batch.
+the micro-batches add up to that of the batch show what the loss is divided by. If they add up only when all of them are
+padded like the batch, the model reads padding. If no such weights exist, something is computed over the whole batch.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from chainer.utils.type_check import InvalidType
 
 from chainer_accum._devices import Array, DeviceSpec
 from chainer_accum.batches import Arguments, WeightFunc
+from chainer_accum.diagnostics.padding import pad_alike
 from chainer_accum.lockstep import StoreSpec
 from chainer_accum.observations import reporting_to
 from chainer_accum.state import RandomState, TrainingState, devices_of, links_behind
@@ -128,6 +129,16 @@ class Trials:
     def single(self, part: Sequence[Any]) -> Gradient:
         """Returns the gradient of a single micro-batch."""
         return self._run([part])
+
+    def padded_alike(self) -> Optional[Trials]:
+        """Returns the same trials with all parts padded like the whole batch, or ``None``. See :func:`pad_alike`."""
+        settings = self.settings
+        converter = pad_alike(settings.converter, self.batch, self.parts, settings.input_device)
+        if converter is None:
+            return None
+        trials = copy.copy(self)
+        trials.settings = settings._replace(converter=converter)
+        return trials
 
     def widened(self) -> Optional[Gradient]:
         """Returns the gradient of the whole batch in float32, and makes all further steps use float32.

@@ -21,7 +21,8 @@ class Accumulate(extension.Extension):
     Args:
         accumulation_steps: Number of iterator batches per update, from the next update on: an int, a dictionary from
             epochs to numbers, or a function of the updater, as for :class:`~chainer_accum.AccumulatingUpdater`. If
-            ``None``, the extension reports and changes nothing.
+            ``None``, the extension reports and changes nothing. It replaces what the updater was given, be that
+            ``accumulation_steps`` or ``effective_batch_size``.
 
     Raises:
         TypeError: If a number is not an int.

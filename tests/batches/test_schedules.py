@@ -14,6 +14,8 @@ from chainer.serializers import load_npz, save_npz
 from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
 from chainer_accum.extensions import Accumulate
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers import (
     assert_same_optimizer_state,
@@ -118,7 +120,7 @@ def test_the_effective_batch_size_counts_the_examples_of_single_batches(steps):
 @pytest.mark.parametrize(
     "schedule, error, message",
     [
-        ({}, ValueError, "accumulation_steps must map epochs to numbers, got {}; pass one such as {0: 1, 10: 4}"),
+        ({}, ValueError, "accumulation_steps must map epochs to numbers, got {}; give at least one epoch"),
         ({0: 0}, ValueError, r"accumulation_steps\[0\] must be an int of 1 or more, got 0"),
         ({0: 1.5}, TypeError, r"accumulation_steps\[0\] must be an int of 1 or more, got 1.5"),
         (
@@ -211,3 +213,114 @@ def test_a_learning_rate_schedule_steps_once_per_update(tmp_path):
     trainer.run()
     assert updater.iteration == 8 + 2
     numpy.testing.assert_allclose(updater.get_optimizer("main").lr, 0.1 * 0.5**10)
+
+
+# The number of examples instead of the number of iterator batches.
+
+
+def make_by_size(schedule, size=48, batch_size=6, **kwargs):
+    return make(1, size, batch_size, effective_batch_size=schedule, **kwargs)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 8),
+    st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    st.sampled_from([None, 1, 3]),
+    st.sampled_from(["carry", "flush"]),
+)
+def test_a_number_of_examples_is_as_many_iterator_batches(batch_size, steps, micro_batch_size, epoch_boundary):
+    by_steps, by_size = [
+        make_of(
+            {epoch: factor * each for epoch, each in enumerate(steps)},
+            20,
+            batch_size,
+            micro_batch_size=micro_batch_size,
+            epoch_boundary=epoch_boundary,
+        )
+        for make_of, factor in ((make, 1), (make_by_size, batch_size))
+    ]
+    assert steps_of(by_size, 8) == steps_of(by_steps, 8)
+    assert_same_parameters(*(updater.get_optimizer("main").target for updater in (by_size, by_steps)), 0)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [{1: 18, 3: 12}, lambda updater: {1: 18, 2: 18}.get(updater.epoch, 12 if updater.epoch else 6)],
+    ids=["dictionary without its first", "function"],
+)
+def test_the_number_of_examples_follows_a_schedule_by_epoch(schedule):
+    assert steps_of(make_by_size(schedule), 18) == [(1, 6)] * 8 + [(3, 18)] * 6 + [(2, 12)] * 4
+
+
+def test_the_steps_are_known_before_the_first_update_unless_a_function_decides():
+    assert make_by_size(24).accumulation_steps == 4
+    assert make_by_size({0: 12, 5: 24}).accumulation_steps == 2
+    assert make_by_size(lambda updater: 24).accumulation_steps == 1
+
+
+def test_assigned_steps_replace_the_number_of_examples():
+    updater = make_by_size(24)
+    assert steps_of(updater, 1) == [(4, 24)]
+    updater.accumulation_steps = 2
+    assert steps_of(updater, 1) == [(2, 12)]
+
+
+def test_the_number_of_examples_in_the_last_update_cannot_be_set():
+    updater = make_by_size(24)
+    for size in (24, 12, None):
+        with pytest.raises(AttributeError, match=f"effective_batch_size cannot be set, got {size}; pass it when"):
+            updater.effective_batch_size = size
+    assert steps_of(updater, 1) == [(4, 24)]
+
+
+def test_the_steps_follow_when_the_iterator_changes_its_batch_size():
+    updater = make_by_size(24)
+    taken = steps_of(updater, 1)
+    updater.get_iterator("main").batch_size = 12
+    assert taken + steps_of(updater, 1) == [(4, 24), (2, 24)]
+    updater.get_iterator("main").batch_size = 10
+    with pytest.raises(ValueError, match=r"multiple of 10 \(iterator batches of 10 on 1 rank\), got 24; use 20 or 30"):
+        updater.update()
+
+
+def test_one_batch_per_update_is_standard_updater_in_every_bit():
+    updaters = [
+        make_by_size(6),
+        make_updater(StandardUpdater, serial(make_dataset(48), 6), optimizers.MomentumSGD(0.1)),
+    ]
+    for updater in updaters:
+        run(updater, 12)
+    assert_same_parameters(*(updater.get_optimizer("main").target for updater in updaters), 0)
+
+
+@pytest.mark.parametrize("size, batch_size, steps", [(24, 12, 2), (24, 6, 4), (24, 4, 6)])
+def test_a_resumed_run_may_have_another_iterator_batch(size, batch_size, steps, tmp_path):
+    uninterrupted, saved, resumed = make_by_size(size), make_by_size(size), make_by_size(size, batch_size=batch_size)
+    run(uninterrupted, 5)
+    run(saved, 3)
+    save_npz(str(tmp_path / "snapshot.npz"), saved)
+    load_npz(str(tmp_path / "snapshot.npz"), resumed)
+    assert resumed.accumulation_steps == steps
+    run(resumed, 2)
+    optimizers_ = [updater.get_optimizer("main") for updater in (resumed, uninterrupted)]
+    assert_same_parameters(*(each.target for each in optimizers_))
+    assert_same_optimizer_state(*optimizers_)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_the_error_names_the_nearest_numbers_that_divide(size, batch_size):
+    def try_it(size):
+        return make_by_size(size, batch_size=batch_size)
+
+    if size % batch_size == 0:
+        assert try_it(size).accumulation_steps == size // batch_size
+        return
+    with pytest.raises(ValueError) as caught:
+        try_it(size)
+    given_, nearest = str(caught.value).split("; use ")
+    assert given_.endswith(f"iterator batches of {batch_size} on 1 rank), got {size}")
+    numbers = [int(word) for word in nearest.split(", or another batch size")[0].split(" or ")]
+    assert all(abs(number - size) < batch_size and try_it(number) for number in numbers)
+    assert numbers == [n for n in range(1, 60) if n % batch_size == 0 and abs(n - size) < batch_size]

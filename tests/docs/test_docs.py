@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pathlib
 import re
+import types
 
 import chainer_accum
 import chainer
@@ -16,7 +17,7 @@ from helpers import dead_links, make_dataset, make_model, serial, table_below
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-WITHOUT_CODE = ["compatibility.md", "devices.md", "how_it_works.md", "index.md", "installation.md", "results.md"]
+WITHOUT_CODE = ["compatibility.md", "how_it_works.md", "index.md", "installation.md", "results.md"]
 
 
 def code_of(name):
@@ -42,10 +43,13 @@ def test_the_code_of_a_page_runs(name, optimizer_class, tmp_path, monkeypatch, c
     namespace = {
         "chainer": chainer,
         "chainer_accum": chainer_accum,
+        "AccumulatingUpdater": chainer_accum.AccumulatingUpdater,
+        "comm": types.SimpleNamespace(rank=0, size=1),
         "model": model,
         "optimizer": optimizer,
         "out": str(tmp_path),
         "train_iter": serial(make_dataset(48), 12),
+        "train": make_dataset(48),
         "other_iter": serial(make_dataset(48), 12),
         "trainer": Trainer(updater, (2, "epoch"), out=str(tmp_path)),
     }

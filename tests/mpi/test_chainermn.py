@@ -113,6 +113,16 @@ def test_an_update_is_one_all_reduce_and_the_first_one_counts(comm, monkeypatch,
     assert_same_optimizer_state(optimizer, expected)
 
 
+def test_an_effective_batch_of_24_examples_is_the_same_on_any_number_of_ranks(comm):
+    optimizer = make_optimizer(comm)
+    updater = AccumulatingUpdater(serial(DATASET[comm.rank :: comm.size], 3), optimizer, effective_batch_size=24)
+    for _ in range(4):
+        updater.update()
+        assert (updater.accumulation_steps, updater.effective_batch_size) == (8 // comm.size, 24 // comm.size)
+    expected = train_alone([DATASET[start : start + 24] for start in range(0, 96, 24)])
+    assert_same_parameters(optimizer.target, expected.target)
+
+
 def test_ranks_with_other_weights_make_the_step_of_one_process(comm):
     tokens = [(numpy.arange(1 + i % 5, dtype="f"), numpy.float32(i)) for i in range(20)]
 

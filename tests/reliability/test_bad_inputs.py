@@ -94,6 +94,10 @@ def run(extension, updater):
     extension(trainer)
 
 
+class WithoutBatchSize(chainer.dataset.Iterator):
+    """An iterator that does not say how large its batches are."""
+
+
 class Readable:
     """A name that is of no use, with a short representation."""
 
@@ -184,7 +188,7 @@ BAD_INPUTS = {
     "an empty schedule": (
         lambda: updater(accumulation_steps={}),
         ValueError,
-        "accumulation_steps must map epochs to numbers, got {}; pass one such as {0: 1, 10: 4}",
+        "accumulation_steps must map epochs to numbers, got {}; give at least one epoch and its number",
     ),
     "a schedule from before the first epoch": (
         lambda: updater(accumulation_steps={-1: 2}),
@@ -210,6 +214,59 @@ BAD_INPUTS = {
         lambda: setattr(updater(), "accumulation_steps", 0),
         ValueError,
         "accumulation_steps " + STEPS.format("0"),
+    ),
+    "an effective batch that is no number of iterator batches": (
+        lambda: updater(effective_batch_size=100),
+        ValueError,
+        "effective_batch_size must be a multiple of 6 (iterator batches of 6 on 1 rank), got 100; use 96 or 102, or "
+        "another batch size of the iterator",
+    ),
+    "an effective batch that is smaller than an iterator batch": (
+        lambda: updater(effective_batch_size=4),
+        ValueError,
+        "effective_batch_size must be a multiple of 6 (iterator batches of 6 on 1 rank), got 4; use 6, or another",
+    ),
+    "an effective batch that does not divide in a later epoch": (
+        lambda: updater(effective_batch_size={0: 12, 5: 20}),
+        ValueError,
+        "effective_batch_size[5] must be a multiple of 6 (iterator batches of 6 on 1 rank), got 20; use 18 or 24, or",
+    ),
+    "a function that returns an effective batch that does not divide": (
+        lambda: updater(effective_batch_size=lambda updater: 20).update(),
+        ValueError,
+        "the value of effective_batch_size must be a multiple of 6 (iterator batches of 6 on 1 rank), got 20; use 18",
+    ),
+    "an effective batch of no examples": (
+        lambda: updater(effective_batch_size=0),
+        ValueError,
+        "effective_batch_size must be an int of 1 or more, got 0; give the number of examples per update",
+    ),
+    "an effective batch by name": (
+        lambda: updater(effective_batch_size="auto"),
+        TypeError,
+        "effective_batch_size must be an int of 1 or more, got 'auto'; give the number of examples per update",
+    ),
+    "an empty schedule of effective batches": (
+        lambda: updater(effective_batch_size={}),
+        ValueError,
+        "effective_batch_size must map epochs to numbers, got {}; give at least one epoch and its number",
+    ),
+    "an effective batch as well as steps": (
+        lambda: updater(effective_batch_size=12, accumulation_steps=2),
+        ValueError,
+        "effective_batch_size must be None with accumulation_steps, got effective_batch_size=12 and "
+        "accumulation_steps=2; give one of them",
+    ),
+    "an effective batch of batches of unknown size": (
+        lambda: AccumulatingUpdater(WithoutBatchSize(), optimizer(), effective_batch_size=12),
+        TypeError,
+        "iterator must have a batch_size of 1 or more for effective_batch_size, got WithoutBatchSize with None; use "
+        "accumulation_steps instead",
+    ),
+    "an effective batch that is set later": (
+        lambda: setattr(updater(), "effective_batch_size", 12),
+        AttributeError,
+        "effective_batch_size cannot be set, got 12; pass it when the updater is created: AccumulatingUpdater(..., e",
     ),
     "no examples in a micro-batch": (
         lambda: updater(micro_batch_size=0),

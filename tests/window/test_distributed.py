@@ -23,16 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import assert_same_optimizer_state, assert_same_parameters, make_dataset, make_model, ready_model, serial
-from thread_ranks import run_ranks
+from thread_ranks import make_multi_node, run_ranks
 
 DATASET = make_dataset(48)
 OK = contextlib.nullcontext()
-
-
-def make_multi_node(optimizer, communicator, zero_fill=True):
-    from chainermn.optimizers import _MultiNodeOptimizer  # without create_multi_node_optimizer, which asks for MPI
-
-    return _MultiNodeOptimizer(optimizer, communicator, zero_fill)
 
 
 def lazy_model(rank=0):
