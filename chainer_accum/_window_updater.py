@@ -14,6 +14,7 @@ from chainer_accum._trainer import is_trainer_failing
 from chainer_accum.batches import (
     Arguments,
     EpochRecord,
+    Gathering,
     Load,
     MicroBatch,
     MicroBatches,
@@ -174,15 +175,15 @@ class WindowUpdater(StandardUpdater):
                 self._finish_window(micro_batches, passes)
         return micro_batches.num_epochs
 
-    def _fetch(self, steps: int) -> MicroBatches:
+    def _fetch(self, gathering: Gathering) -> MicroBatches:
         """Returns the micro-batches of the next window, after reading the first iterator batch."""
         return MicroBatches(
             self.get_iterator("main"),
-            steps,
+            gathering,
             self._size,
             self.weight_func,
             self._epoch_boundary,
-            is_repeatable=self._keeps_examples(steps),
+            is_repeatable=self._keeps_examples(gathering.to_come == 1),
             likely_weight=self._largest_weight,
         )
 
@@ -288,11 +289,11 @@ class WindowUpdater(StandardUpdater):
             for _ in range(num_epochs):
                 self.get_optimizer("main").new_epoch(auto=True)
 
-    def _keeps_examples(self, steps: int) -> bool:
+    def _keeps_examples(self, is_one_batch: bool) -> bool:
         if self._splits_when_out_of_memory is not None:
             return self._splits_when_out_of_memory
         # A search tries sizes that do not fit. A single batch is in memory as a whole anyway.
-        return self._size.is_tuned or self._size.across_window or (not self._size.leaves_whole and steps == 1)
+        return self._size.is_tuned or self._size.across_window or (not self._size.leaves_whole and is_one_batch)
 
     def _links(self) -> List[Optional[chainer.Link]]:
         """Returns the known links whose persistent values a pass may change."""

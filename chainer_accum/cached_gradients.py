@@ -27,6 +27,7 @@ from chainer_accum.batches import (
     MicroBatch,
     MicroBatches,
     Steps,
+    TokenBudget,
     WeightFunc,
     together,
 )
@@ -118,7 +119,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
         input_device: Optional[DeviceSpec] = None,
         encoder: Optional[Callable[..., Any]] = None,
         accumulation_steps: Steps = 1,
-        effective_batch_size: Optional[Steps] = None,
+        effective_batch_size: Union[Steps, TokenBudget, None] = None,
         micro_batch_size: Limit = None,
         weight_func: Optional[WeightFunc] = None,
         epoch_boundary: str = "carry",

@@ -6,6 +6,7 @@ It knows iterators and examples, but not gradients. It imports ``state`` and ``o
 from chainer_accum.batches.arguments import Arguments
 from chainer_accum.batches.cutting import Load, count_examples, together
 from chainer_accum.batches.epochs import EpochRecord
+from chainer_accum.batches.gathering import Gathering, NumBatches
 from chainer_accum.batches.memory import MemoryLimit
 from chainer_accum.batches.micro_batches import EPOCH_BOUNDARIES, MicroBatch, MicroBatches, WeightFunc
 from chainer_accum.batches.prefetching import prepare_ahead, prepare_lazily
@@ -18,12 +19,14 @@ __all__ = [
     "EPOCH_BOUNDARIES",
     "Arguments",
     "EpochRecord",
+    "Gathering",
     "Limit",
     "Load",
     "MemoryLimit",
     "MicroBatch",
     "MicroBatchSize",
     "MicroBatches",
+    "NumBatches",
     "OutOfMemory",
     "Schedule",
     "Steps",

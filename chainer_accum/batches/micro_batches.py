@@ -1,6 +1,6 @@
 """MicroBatches: the micro-batches of one window, made by cutting batches of the iterator.
 
-``accumulation_steps`` iterator batches are read, and each is cut into micro-batches. The iterator must provide only
+Iterator batches are read until there are enough, and each is cut into micro-batches. The iterator must provide only
 ``next``, ``epoch``, ``is_new_epoch`` and ``epoch_detail``. It is never asked for a batch just to find out whether there
 is one.
 """
@@ -13,6 +13,7 @@ import chainer
 
 from chainer_accum._arguments import call, check_weight
 from chainer_accum.batches.cutting import Load, as_list, count_examples
+from chainer_accum.batches.gathering import Gathering
 from chainer_accum.batches.sizes import MicroBatchSize
 
 EPOCH_BOUNDARIES = ("carry", "flush")
@@ -32,12 +33,12 @@ class MicroBatches:
     """The micro-batches of one window, read from the iterator on demand.
 
     The first iterator batch is read immediately; each of the others, once those before it are used up, or as soon as
-    the window begins if all are cut together. The window ends after ``accumulation_steps`` iterator batches, at the end
-    of the data or, if ``epoch_boundary`` is ``'flush'``, at the end of the epoch.
+    the window begins if all are cut together. The window ends when there are enough, at the end of the data or, if
+    ``epoch_boundary`` is ``'flush'``, at the end of the epoch.
 
     Args:
         iterator (~chainer.dataset.Iterator): Dataset iterator.
-        accumulation_steps (int): Iterator batches per window.
+        gathering (Gathering): Whether there are enough iterator batches.
         size (MicroBatchSize): How batches are cut. By default, they stay whole.
         weight_func (callable): Maps the examples of a micro-batch to its weight, or ``None`` to count the examples.
         epoch_boundary (str): ``'carry'`` or ``'flush'``.
@@ -63,7 +64,7 @@ class MicroBatches:
     def __init__(
         self,
         iterator: chainer.dataset.Iterator,
-        accumulation_steps: int = 1,
+        gathering: Gathering,
         size: Optional[MicroBatchSize] = None,
         weight_func: Optional[WeightFunc] = None,
         epoch_boundary: str = "carry",
@@ -71,7 +72,7 @@ class MicroBatches:
         likely_weight: float = 0.0,
     ) -> None:
         self._iterator = iterator
-        self._accumulation_steps = accumulation_steps
+        self._gathering = gathering
         self._size = MicroBatchSize() if size is None else size
         self._weight_func = weight_func
         self._flushes = epoch_boundary == "flush"
@@ -87,14 +88,13 @@ class MicroBatches:
         self.costliest = 0
         self._read_batch()
         first, weight = self._pending[0]
-        self.regular_weight: Optional[float] = accumulation_steps * weight or None
+        self.regular_weight: Optional[float] = (1 + gathering.to_come) * weight or None
         self.shapes: Hashable = _shapes(first[0]) if count_examples(first) else None
 
     @property
     def expected_weight(self) -> float:
         """The total weight of the window if no later iterator batch is heavier than those so far."""
-        to_come = self._accumulation_steps - self.num_batches
-        return self._weight + to_come * max(self.largest_weight, self._likely_weight)
+        return self._weight + self._gathering.to_come * max(self.largest_weight, self._likely_weight)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         while self._pending or self._read_on():
@@ -127,7 +127,7 @@ class MicroBatches:
 
     def _read_on(self) -> bool:
         """Reads another batch, and returns whether the window has one."""
-        if self.num_batches >= self._accumulation_steps or self._flushes and self.num_epochs > 0:
+        if not self._gathering.to_come or self._flushes and self.num_epochs > 0:
             return False
         try:
             self._read_batch()
@@ -137,6 +137,7 @@ class MicroBatches:
 
     def _read_batch(self) -> None:
         batch = self._iterator.next()
+        self._gathering.add(batch)
         self.num_batches += 1
         self.num_epochs += bool(self._iterator.is_new_epoch)
         self.num_examples += count_examples(batch) or 0

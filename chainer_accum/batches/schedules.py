@@ -16,6 +16,8 @@ import chainer
 from chainer.training.updaters import StandardUpdater
 
 from chainer_accum._arguments import call, check_int
+from chainer_accum.batches.gathering import Gathering, NumBatches, NumTokens
+from chainer_accum.batches.token_budget import TokenBudget
 
 Steps = Union[int, Mapping[int, int], Callable[[Any], int]]
 
@@ -122,12 +124,12 @@ class Schedule:
             self._unit.to_steps(name, value)
             self._by_epoch[0] = value
 
-    def ask(self, updater: StandardUpdater) -> int:
-        """Returns the number for the window that begins now."""
+    def ask(self, updater: StandardUpdater) -> Gathering:
+        """Returns what the window that begins now gathers."""
         if self._function is None:
-            return self._find(updater)
+            return NumBatches(self._find(updater))
         name = self._unit.argument
-        return self._unit.to_steps(f"the value of {name}", call(name, self._function, updater))
+        return NumBatches(self._unit.to_steps(f"the value of {name}", call(name, self._function, updater)))
 
     @property
     def is_always_one(self) -> bool:
@@ -147,8 +149,38 @@ class Schedule:
         return 1 if number is None else self._unit.to_steps(self._unit.argument, number)
 
 
+class TokenSchedule(Schedule):
+    """Windows whose iterator batches, over all ranks, have at least a number of tokens.
+
+    Args:
+        budget (TokenBudget): The number of tokens, and the lengths of examples.
+        num_ranks (int): Number of ranks.
+
+    """
+
+    def __init__(self, budget: TokenBudget, num_ranks: int) -> None:
+        if not isinstance(budget.max_tokens, int):
+            raise ValueError(
+                f"effective_batch_size must have a number of tokens, got {budget!r}; 'auto' is only for "
+                "micro_batch_size"
+            )
+        super().__init__(self._unknown)
+        self._num_tokens = -(-budget.max_tokens // num_ranks)
+        self._length_func = budget.length_func
+
+    def ask(self, updater: StandardUpdater) -> Gathering:
+        return NumTokens(self._num_tokens, self._length_func)
+
+    def _unknown(self, updater: StandardUpdater) -> int:
+        """Takes the place of a number, which depends on the data."""
+        return 1
+
+
 def make_schedule(
-    accumulation_steps: Steps, effective_batch_size: Optional[Steps], iterator: chainer.dataset.Iterator, num_ranks: int
+    accumulation_steps: Steps,
+    effective_batch_size: Union[Steps, TokenBudget, None],
+    iterator: chainer.dataset.Iterator,
+    num_ranks: int,
 ) -> Schedule:
     """Returns the schedule for the arguments of an updater.
 
@@ -165,4 +197,6 @@ def make_schedule(
             f"effective_batch_size must be None with accumulation_steps, got effective_batch_size="
             f"{effective_batch_size!r} and accumulation_steps={accumulation_steps!r}; give one of them"
         )
+    if isinstance(effective_batch_size, TokenBudget):
+        return TokenSchedule(effective_batch_size, num_ranks)
     return Schedule(effective_batch_size, Examples(iterator, num_ranks))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import chainer
 import numpy
 import pytest
-from chainer_accum.batches import MicroBatches, make_micro_batch_size
+from chainer_accum.batches import MicroBatches as ReadMicroBatches
+from chainer_accum.batches import NumBatches, make_micro_batch_size
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +49,10 @@ def test_a_batch_is_split_evenly_into_as_few_parts_as_can_be(batch_size, micro_b
     sizes = [len(micro_batch.examples) for micro_batch in window]
     assert len(sizes) == -(-batch_size // micro_batch_size)
     assert max(sizes) - min(sizes) <= 1
+
+
+def MicroBatches(iterator, steps=1, *args, **kwargs):
+    return ReadMicroBatches(iterator, NumBatches(steps), *args, **kwargs)
 
 
 class Counting:
