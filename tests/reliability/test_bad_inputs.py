@@ -52,6 +52,23 @@ def update(**kwargs):
     updater(**{"accumulation_steps": 2, **kwargs}).update()
 
 
+def report_rows(rule):
+    """Makes an update whose micro-batches report arrays that differ in their second axis."""
+    model, widths = make_model(), iter([1, 2])
+
+    def loss_func(x, t):
+        chainer.report({"rows": numpy.zeros((len(x), next(widths)))})
+        return model(x, t)
+
+    set_up = optimizers.SGD(0.1).setup(model)
+    accumulating = AccumulatingUpdater(
+        iterator(), set_up, loss_func=loss_func, accumulation_steps=2, observation_rules={"rows": rule}
+    )
+    with chainer.Reporter().scope({}):
+        chainer.get_current_reporter().add_observer("main", model)
+        accumulating.update()
+
+
 def update_with(next_batch, **kwargs):
     batches = iterator()
     batches.next = next_batch
@@ -271,9 +288,35 @@ BAD_INPUTS = {
         "micro-batch that waits; use concat_examples",
     ),
     "an unknown rule": (
-        lambda: updater(observation_rules={"main/loss": "max"}),
+        lambda: updater(observation_rules={"main/loss": "median"}),
         ValueError,
-        "observation_rules['main/loss'] must be one of 'mean', 'sum', 'last', got 'max'",
+        "observation_rules['main/loss'] must be one of 'mean', 'sum', 'last', 'max', 'min', 'concat', got 'median'",
+    ),
+    "a rule that is no function": (
+        lambda: updater(observation_rules={"main/loss": 2}),
+        TypeError,
+        "observation_rules['main/loss'] must be callable, got 2; pass a function of values and weights, or one of ",
+    ),
+    "a rule that takes no weights": (
+        lambda: updater(observation_rules={"main/loss": max}),
+        TypeError,
+        "observation_rules['main/loss'] must be a function of a list of values and a list of weights, got <built-in",
+    ),
+    "values that cannot be concatenated": (
+        lambda: report_rows("concat"),
+        ValueError,
+        "'rows' must have the same shape in all micro-batches, except along axis 0, for the rule 'concat', got (6, 1), "
+        "(6, 2); report an array whose other axes do not depend on the micro-batch, or give this key a function",
+    ),
+    "values that have no largest one": (
+        lambda: report_rows("max"),
+        ValueError,
+        "'rows' must have the same shape in all micro-batches for the rule 'max', got (6, 1) and (6, 2); report",
+    ),
+    "a rule that says that the data has ended": (
+        lambda: report_rows(lambda values, weights: next(iter([]))),
+        RuntimeError,
+        "observation_rules['rows'] must not raise StopIteration, got it from <function ",
     ),
     "rules that are no dict": (
         lambda: updater(observation_rules="sum"),
