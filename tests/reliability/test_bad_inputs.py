@@ -20,7 +20,14 @@ from chainer_accum import (
 from chainer import optimizers
 from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
-from chainer_accum.extensions import Accumulate, ExampleMean, GradientNoiseScale, LearningRateSurvey, TensorBoardReport
+from chainer_accum.extensions import (
+    Accumulate,
+    ExampleMean,
+    ExponentialMovingAverage,
+    GradientNoiseScale,
+    LearningRateSurvey,
+    TensorBoardReport,
+)
 
 from helpers import make_dataset, make_model, serial
 
@@ -109,6 +116,13 @@ def run(extension, updater):
     extension.initialize(trainer)
     trainer.observation = {"main/loss": 1.0}
     extension(trainer)
+
+
+def average_of_a_growing_model():
+    model = chainer.Chain(a=chainer.links.Linear(2, 2))
+    average = ExponentialMovingAverage(model)
+    model.add_link("b", chainer.links.Linear(2, 2))
+    average(None)
 
 
 class Readable:
@@ -514,6 +528,31 @@ BAD_INPUTS = {
         lambda: TensorBoardReport(keys="main/loss"),
         TypeError,
         "keys must be a sequence of str, got 'main/loss'; pass a list: ['main/loss']",
+    ),
+    "something else for a model to average": (
+        lambda: ExponentialMovingAverage(Readable()),
+        TypeError,
+        "target must be a Link, got Readable(); pass the model that the updater trains",
+    ),
+    "an average that never moves": (
+        lambda: ExponentialMovingAverage(make_model(), 1.0),
+        ValueError,
+        "decay must be a number from 0 to less than 1, got 1.0; use a larger one for a longer average, such as 0.999",
+    ),
+    "a decay by name": (
+        lambda: ExponentialMovingAverage(make_model(), "slow"),
+        TypeError,
+        "decay must be a number from 0 to less than 1, got 'slow'; use a larger one for a longer average, such as",
+    ),
+    "a number for a warm-up": (
+        lambda: ExponentialMovingAverage(make_model(), warmup=10),
+        TypeError,
+        "warmup must be True or False, got 10; use True to forget the first updates sooner",
+    ),
+    "an average of a model that grows": (
+        average_of_a_growing_model,
+        RuntimeError,
+        "target must keep the parameters that it had when the extension was created, got a difference in ['/b/W', ",
     ),
     "an interval of none": (
         lambda: GradientNoiseScale(0),
