@@ -100,14 +100,14 @@ def add_to_a_window_that_is_over():
     window.add_gradients()
 
 
-def train(model=None, optimizer=None, train_iter=None, loss_func=None, accumulation_steps=2, num_epochs=1):
+def train(model=None, optimizer=None, train_iter=None, loss_func=None, accumulation_steps=2, num_epochs=1, **options):
     model, optimizer, train_iter = model or make_model(), optimizer or optimizers.SGD(), train_iter or iterator()
-    train_model(model, optimizer, train_iter, loss_func, accumulation_steps, num_epochs)
+    train_model(model, optimizer, train_iter, loss_func, accumulation_steps, num_epochs, **options)
 
 
-def set_up(optimizer=None, accumulation_steps=2, num_epochs=1):
+def set_up(optimizer=None, accumulation_steps=2, num_epochs=1, **options):
     setup_trainer_with_accumulation(
-        make_model(), iterator(), optimizer or optimizers.SGD(), None, accumulation_steps, num_epochs
+        make_model(), iterator(), optimizer or optimizers.SGD(), None, accumulation_steps, num_epochs, **options
     )
 
 
@@ -490,6 +490,21 @@ BAD_INPUTS = {
         lambda: train(loss_func="mse"),
         TypeError,
         "loss_func must be callable, got 'mse'; pass a function, or None if the model returns the loss",
+    ),
+    "an unknown option to train with": (
+        lambda: train(microbatch_size=4),
+        TypeError,
+        "train_model takes no option 'microbatch_size'; did you mean 'micro_batch_size'? It takes the keyword",
+    ),
+    "an unknown option to set up with": (
+        lambda: set_up(outdir="result"),
+        TypeError,
+        "setup_trainer_with_accumulation takes no option 'outdir'; did you mean 'out'? It takes the keyword arguments",
+    ),
+    "an option to train with that has a wrong value": (
+        lambda: train(micro_batch_size=0),
+        ValueError,
+        "micro_batch_size " + SIZE.format("0"),
     ),
     # load_snapshot
     "something that has no values": (
