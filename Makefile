@@ -94,8 +94,8 @@ clients: $(READY)-with-clients
 ON_GPU = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" NVIDIA_TF32_OVERRIDE=0 $(or $(PYTHON),python3)
 
 # Tests that were written for the host and hold on a device.
-ANYWHERE = running_statistics cached_gradients iterators keep_random_state training mixed_precision nonfinite out_of_memory \
-	prefetching schedules sizes snapshots transparency updater
+ANYWHERE = running_statistics cached_gradients exponential_moving_average iterators keep_random_state training \
+	mixed_precision nonfinite out_of_memory prefetching schedules sizes snapshots transparency updater
 
 test-gpu: on-gpu
 	$(ON_GPU) -m pytest --device=@cupy:0 tests/gpu $(foreach name,$(ANYWHERE),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))

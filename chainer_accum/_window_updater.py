@@ -145,7 +145,8 @@ class WindowUpdater(StandardUpdater):
         """Returns whether ``StandardUpdater`` can take the step: one pass, and nothing else to do."""
         is_one_pass = self._schedule.is_always_one and self._size.leaves_whole
         is_alone = communicator_of(self.get_optimizer("main")) is None
-        return is_one_pass and is_alone and not self._splits_when_out_of_memory and not self._options.checks_values
+        has_more_to_do = self._options.checks_values or self._rules.change_single_reports
+        return is_one_pass and is_alone and not self._splits_when_out_of_memory and not has_more_to_do
 
     def _update_at_once(self) -> int:
         """Takes the step as ``StandardUpdater`` does, and returns the number of epochs that ended."""

@@ -11,7 +11,7 @@ import chainer
 
 from chainer_accum._arguments import check_set_up, check_weight
 from chainer_accum.lockstep import StoreSpec, make_lockstep_policy
-from chainer_accum.observations import ObservationRules, Observations, Reported
+from chainer_accum.observations import ObservationRules, Observations, Reported, Rule
 from chainer_accum.optimizer import check_not_accumulating
 from chainer_accum.state import DeferredSignals
 from chainer_accum.window import Window, WindowOptions, window_class
@@ -24,7 +24,7 @@ def accumulate(
     expected_weight: Optional[float] = None,
     nonfinite: str = "keep",
     running_statistics: str = "micro_batch",
-    observation_rules: Optional[Mapping[str, str]] = None,
+    observation_rules: Optional[Mapping[str, Rule]] = None,
     lockstep: StoreSpec = None,
 ) -> _Block:
     """Context manager that accumulates the gradients of several losses and updates the parameters once, when it ends.
@@ -63,7 +63,8 @@ def accumulate(
             a temporary ``'file'``, or the path of a folder for it. Passes that wait are completed when the block ends,
             and so are their reports. See the guide to lockstep windows.
         observation_rules (dict): Maps keys such as ``'main/n_correct'`` to how the values reported by the passes are
-            merged, as for :class:`~chainer_accum.AccumulatingUpdater`.
+            merged: a name or a function, as for :class:`~chainer_accum.AccumulatingUpdater`. If a function raises, the
+            block raises, and does not update.
 
     Returns:
         Context manager that yields a :class:`~chainer_accum.window.Window`.
@@ -126,13 +127,15 @@ class _Block:
                 return
             window.check_open()
             window.run_passes()
+            self._merge_reports(self._last_weight, True)  # what was reported after the last pass
+            of_passes, of_update = self._observations.merged(), Observations()  # a rule may raise, but not later
             with DeferredSignals():  # so that the reports agree with the step
                 if window.num_micro_batches > 0 or window.is_shared:
                     window.update()
                     chainer.report(window.observation)
-                self._merge_reports(self._last_weight, True)  # what was reported after the last pass
+                of_update.add(self._reported, 1.0)
                 self._scope.close()
-                chainer.report(self._observations.merged())
+                chainer.report({**of_passes, **of_update.merged()})
         except BaseException:
             window.abandon()
             raise

@@ -31,7 +31,7 @@ from chainer_accum.batches import (
     WeightFunc,
     together,
 )
-from chainer_accum.observations import Observations
+from chainer_accum.observations import Observations, Rule
 from chainer_accum.state import PersistentValues, RandomState, devices_of
 from chainer_accum.updater import AccumulatingUpdater
 from chainer_accum.window import (
@@ -89,7 +89,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
         epoch_boundary (str): ``'carry'`` lets an effective batch cross the end of an epoch, as a large batch does;
             ``'flush'`` ends it there, with fewer examples.
         observation_rules (dict): Maps keys of the observation to how the values that the encoder reported are merged:
-            ``'mean'`` (weighted), ``'sum'`` or ``'last'``. See :class:`~chainer_accum.AccumulatingUpdater`.
+            the name of a rule, or a function of values and weights. See :class:`~chainer_accum.AccumulatingUpdater`.
         split_when_out_of_memory (bool): Whether an update restarts with smaller micro-batches when memory runs out. See
             :class:`~chainer_accum.AccumulatingUpdater`.
 
@@ -123,7 +123,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
         micro_batch_size: Limit = None,
         weight_func: Optional[WeightFunc] = None,
         epoch_boundary: str = "carry",
-        observation_rules: Optional[Mapping[str, str]] = None,
+        observation_rules: Optional[Mapping[str, Rule]] = None,
         split_when_out_of_memory: Optional[bool] = None,
         memory_limit: MemoryLimit = None,
     ) -> None:

@@ -29,7 +29,7 @@ from chainer_accum.batches import (
     make_schedule,
 )
 from chainer_accum.lockstep import StoreSpec, make_lockstep_policy
-from chainer_accum.observations import ObservationRules
+from chainer_accum.observations import ObservationRules, Rule
 from chainer_accum.optimizer import check_not_accumulating
 from chainer_accum.window import WindowOptions, communicator_of, links_communicate, window_class
 
@@ -86,11 +86,14 @@ class AccumulatingUpdater(WindowUpdater):
         epoch_boundary (str): ``'carry'`` lets an effective batch cross the end of an epoch, as a large batch does;
             ``'flush'`` ends it there, with fewer examples.
         observation_rules (dict): Maps keys of the observation, such as ``'main/n_correct'``, to how the values of the
-            micro-batches are merged: ``'mean'`` (weighted), ``'sum'`` or ``'last'``. ``'mean'`` and ``'sum'`` also
-            merge arrays, elementwise. By default, scalars are averaged; for anything else, the last value is reported.
-            Counts need ``'sum'``, and so do the numerator and denominator of
-            :class:`~chainer.training.extensions.MicroAverage`. If the first update does not report a key that has a
-            rule, a :class:`RuntimeWarning` is issued.
+            micro-batches are merged. ``'mean'`` (weighted), ``'sum'``, ``'max'`` and ``'min'`` merge numbers and,
+            elementwise, arrays. ``'last'`` takes the last value. ``'concat'`` concatenates arrays along axis 0; numbers
+            become the elements of an array. A function of two lists, the values and their weights, returns what is
+            reported. It gets arrays in place of Variables, and is called before the parameters are updated, also if
+            there is only one micro-batch. ``'concat'`` and functions keep all values until then. By default, scalars
+            are averaged; for anything else, the last value is reported. Counts need ``'sum'``, and so do the numerator
+            and denominator of :class:`~chainer.training.extensions.MicroAverage`. If the first update does not report a
+            key that has a rule, a :class:`RuntimeWarning` is issued.
         prefetch (bool): Whether a thread reads and converts the next micro-batch of an update while the current one
             computes, which holds one more converted micro-batch. If the iterator, dataset or converter shares a random
             generator with the model, as a shuffling iterator does by default, the order of their draws is left to
@@ -150,7 +153,7 @@ class AccumulatingUpdater(WindowUpdater):
         weight_func: Optional[WeightFunc] = None,
         loss_reduction: str = "mean",
         epoch_boundary: str = "carry",
-        observation_rules: Optional[Mapping[str, str]] = None,
+        observation_rules: Optional[Mapping[str, Rule]] = None,
         prefetch: bool = False,
         split_when_out_of_memory: Optional[bool] = None,
         nonfinite: str = "keep",

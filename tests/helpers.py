@@ -19,6 +19,7 @@ import numpy
 from chainer.backends import cuda
 from chainer.iterators import SerialIterator
 from chainer.training.updaters import StandardUpdater
+from chainer_accum.observations import Observations
 
 BOOKKEEPING = ("iteration", "epoch", "is_new_epoch", "epoch_detail", "previous_epoch_detail")
 
@@ -87,6 +88,19 @@ def make_updater(updater_class: Any, iterator: Any, optimizer: Any, model: Any =
     """Returns an updater that trains ``model``, or the default one, with ``optimizer``."""
     optimizer.setup(make_model() if model is None else model)
     return updater_class(iterator, optimizer, **{"device": DEVICE, **kwargs})
+
+
+def merge(reports: Any, rules: Any = None, weights: Any = None) -> Dict[str, Any]:
+    """Returns the merged observation of micro-batches that report these dictionaries."""
+    observations = Observations(rules)
+    outer: Dict[str, Any] = {}
+    with chainer.Reporter().scope(outer):
+        for index, report in enumerate(reports):
+            with observations.collecting() as observation:
+                chainer.report(report)
+            observations.add(observation, 1.0 if weights is None else weights[index])
+    assert outer == {}
+    return observations.merged()
 
 
 def to_host(value: Any) -> Any:

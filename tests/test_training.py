@@ -11,6 +11,7 @@ import pytest
 from chainer_accum import setup_trainer_with_accumulation, train_model
 from chainer import optimizers
 from chainer.training.updaters import StandardUpdater
+from chainer_accum.training import _report_loss
 from chainer_accum.updater import AccumulatingUpdater
 
 import helpers
@@ -135,3 +136,69 @@ def test_the_end_of_the_data_is_for_the_iterator_to_tell():
 
     with pytest.raises(RuntimeError, match="the loss function must not raise StopIteration, got it from"):
         train_model(make_model(), optimizers.SGD(0.1), serial(make_dataset(12), 6), loss_func, 2, 1)
+
+
+def halve(batch, device=None):
+    """Converter that halves the inputs."""
+    x, t = chainer.dataset.concat_examples(batch, device)
+    return x * 0.5, t
+
+
+OPTIONS = {
+    "micro_batch_size": ({"micro_batch_size": 5}, {}),
+    "lockstep": ({"lockstep": "memory"}, {}),
+    "loss_scale": ({"loss_scale": 8.0}, {}),
+    "nonfinite": ({"nonfinite": "skip"}, {}),
+    "converter": ({"converter": halve}, {"converter": halve}),
+    "weight_func": ({"weight_func": len, "micro_batch_size": 7}, {}),
+    "observation_rules": ({"observation_rules": {"main/loss": lambda values, weights: values[0]}}, {}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_the_updater_are_taken(name, tmp_path, capsys):
+    options, of_whole = OPTIONS[name]
+    model, whole = make_model(), make_model()
+    history = train_model(model, optimizers.SGD(0.1), serial(make_dataset(48), 12), None, 2, 2, **options)
+    expected = make_updater(StandardUpdater, serial(make_dataset(48), 24), optimizers.SGD(0.1), whole, **of_whole)
+    run(expected, 4)
+    assert len(history) == 2
+    assert_same_parameters(model, whole)
+    model = make_model()
+    iterator = serial(make_dataset(48), 12)
+    trainer = setup_trainer_with_accumulation(model, iterator, optimizers.SGD(0.1), None, 2, 2, out=tmp_path, **options)
+    trainer.run()
+    capsys.readouterr()
+    assert_same_parameters(model, whole)
+
+
+def test_a_rule_says_what_the_history_has_of_an_epoch():
+    rules = {"main/accuracy": lambda values, weights: float(len(values)), "loss": "max", "main/loss": "concat"}
+    kwargs = {"observation_rules": rules, "micro_batch_size": 4}
+    (entry,) = train_model(make_model(), optimizers.SGD(0.1), serial(make_dataset(48), 12), None, 2, 1, **kwargs)
+    assert entry["main/accuracy"] == 6.0
+    assert entry.keys() == {"epoch", "loss", "main/accuracy"}
+
+
+@pytest.mark.parametrize("steps, options", [(0, {}), (2, {"nonfinite": "ignore"}), (2, {"micro_batch_size": 1.5})])
+def test_an_optimizer_can_be_set_up_again_after_an_error(steps, options):
+    optimizer = optimizers.SGD(0.1)
+    with pytest.raises((ValueError, TypeError)):
+        train_model(make_model(), optimizer, serial(make_dataset(), 6), None, steps, 1, **options)
+    assert optimizer.target is None
+    train_model(make_model(), optimizer, serial(make_dataset(), 6), None, 2, 1)
+    with pytest.raises(ValueError, match="nonfinite must be one of"):
+        setup_trainer_with_accumulation(
+            optimizer.target, serial(make_dataset(), 6), optimizer, None, 2, 1, nonfinite="ignore"
+        )
+    assert optimizer.target is not None
+
+
+def test_only_a_loss_and_nothing_else_is_reported_as_loss():
+    loss, observation = chainer.Variable(numpy.ones((), "f")), {}
+    with chainer.Reporter().scope(observation):
+        for value in ((loss, 2.0), [(loss, 2.0), (loss, 1.0)]):
+            assert _report_loss(lambda value: value, value) is value
+            assert observation == {}
+        assert _report_loss(lambda: loss) is loss
+    assert observation.keys() == {"loss"}

@@ -454,9 +454,9 @@ BAD_ARGUMENTS = {
         "epoch_boundary must be one of 'carry', 'flush', got None",
     ),
     "an unknown rule": (
-        lambda it, opt: AccumulatingUpdater(it, opt, observation_rules={"main/loss": "max"}),
+        lambda it, opt: AccumulatingUpdater(it, opt, observation_rules={"main/loss": "median"}),
         ValueError,
-        r"observation_rules\['main/loss'\] must be one of 'mean', 'sum', 'last', got 'max'",
+        r"observation_rules\['main/loss'\] must be one of 'mean', 'sum', 'last', 'max', 'min', 'concat', got 'median'",
     ),
     "rules that are no dict": (
         lambda it, opt: AccumulatingUpdater(it, opt, observation_rules="sum"),

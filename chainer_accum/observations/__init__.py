@@ -3,7 +3,7 @@
 It knows neither batches nor windows, and imports from no other wing.
 """
 
-from chainer_accum.observations.merging import ObservationRules, Observations, reporting_to
+from chainer_accum.observations.merging import Observations, reporting_to
 from chainer_accum.observations.reports import (
     Number,
     Reported,
@@ -16,12 +16,14 @@ from chainer_accum.observations.reports import (
     where,
     widened,
 )
+from chainer_accum.observations.rules import ObservationRules, Rule
 
 __all__ = [
     "Number",
     "ObservationRules",
     "Observations",
     "Reported",
+    "Rule",
     "device_of_either",
     "dtype_of",
     "is_not_zero",

@@ -12,26 +12,13 @@ import numpy
 import pytest
 from chainer_accum import AccumulatingUpdater
 from chainer.training.updaters import StandardUpdater
-from chainer_accum.observations.merging import ObservationRules, Observations
+from chainer_accum.observations.merging import Observations
 from chainer_accum.observations.reports import value_and_weight
+from chainer_accum.observations.rules import ObservationRules
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import make_updater, run, serial
-
-
-def merge(reports, rules=None, weights=None):
-    """Returns the merged observation of micro-batches that report these dictionaries."""
-    observations = Observations(rules)
-    outer = {}
-    with chainer.Reporter().scope(outer):
-        for index, report in enumerate(reports):
-            with observations.collecting() as observation:
-                chainer.report(report)
-            observations.add(observation, 1.0 if weights is None else weights[index])
-    assert outer == {}
-    return observations.merged()
-
+from helpers import make_updater, merge, run, serial
 
 reported = st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(0, 9)), min_size=1, max_size=6)
 
@@ -270,7 +257,7 @@ def test_many_small_elements_are_added_without_loss():
     numpy.testing.assert_allclose(merged, 5000 * float(numpy.float16(0.1)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["sum", "mean"])
+@pytest.mark.parametrize("rule", ["sum", "mean", "max", "min"])
 @pytest.mark.parametrize("first, second", [((3,), (2,)), ((3,), ()), ((), (1,)), ((2, 3), (3,))])
 def test_shapes_that_differ_are_refused_by_a_rule(rule, first, second):
     message = rf"'main/x' must have the same shape in all micro-batches for the rule '{rule}', got \({first}\) and"
@@ -366,7 +353,10 @@ def test_the_host_does_not_wait_for_a_value():
         {"mean": value, "last": value, "own": (value, chainer.Variable(weight)), "vector": value.reshape(1)},
     ]
     reports = [{**report, "sum": value, "nan": nan, "variable sum": chainer.Variable(value)} for report in reports]
-    rules = {"sum": "sum", "variable sum": "sum", "last": "last", "vector": "sum", "nan": "sum"}
+    for report, extremum in zip(reports, [(value, weight), (nan, nothing), (2 * value, weight)]):
+        report.update({"max": extremum, "min": extremum, "all": value, "rows": value.reshape(1), "function": extremum})
+    rules = {"sum": "sum", "variable sum": "sum", "last": "last", "vector": "sum", "nan": "sum", "max": "max"}
+    rules.update({"min": "min", "all": "concat", "rows": "concat", "function": lambda values, weights: weights[2]})
     merged = merge(reports, rules, weights=[1.0, 0.0, 2.0])
     (own, own_weight), (variable, variable_weight) = merged["own"], merged["variable"]
     for actual, expected in [
@@ -378,6 +368,12 @@ def test_the_host_does_not_wait_for_a_value():
         (own_weight, 4),
         (variable, 2),
         (variable_weight, 4),
+        (merged["max"][0], 3),
+        (merged["max"][1], 4),
+        (merged["min"][0], 1.5),
+        (merged["all"], [1.5] * 3),
+        (merged["rows"], [1.5] * 3),
+        (merged["function"], 2),
     ]:
         numpy.testing.assert_array_equal(numpy.asarray(actual).view(numpy.ndarray), expected)
     assert merged["last"] is value
@@ -390,7 +386,11 @@ def test_the_host_does_not_wait_for_a_value():
     [
         ("sum", TypeError, "observation_rules must be a dict, got 'sum'; map keys such as 'main/loss' to a rule"),
         ({("x",): "sum"}, TypeError, r"a key of observation_rules must be a str, got \('x',\)"),
-        ({"x": "max"}, ValueError, r"observation_rules\['x'\] must be one of 'mean', 'sum', 'last', got 'max'"),
+        ({"x": "median"}, ValueError, r"observation_rules\['x'\] must be one of 'mean', .* 'concat', got 'median'"),
+        ({"x": 1}, TypeError, r"observation_rules\['x'\] must be callable, got 1; pass a function of values and weigh"),
+        ({"x": len}, TypeError, r"observation_rules\['x'\] must be a function of a list of values and .* <built-in"),
+        ({"x": max}, TypeError, r"must be a function of a list .* max>; write one such as .* or use one of 'mean', "),
+        ({"x": lambda values: 1}, TypeError, r"must be a function of a list of values and a list of weights, got <"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(rules, error, message):

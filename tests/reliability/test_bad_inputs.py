@@ -20,7 +20,14 @@ from chainer_accum import (
 from chainer import optimizers
 from chainer.training import Trainer
 from chainer.training.updaters import StandardUpdater
-from chainer_accum.extensions import Accumulate, ExampleMean, GradientNoiseScale, LearningRateSurvey, TensorBoardReport
+from chainer_accum.extensions import (
+    Accumulate,
+    ExampleMean,
+    ExponentialMovingAverage,
+    GradientNoiseScale,
+    LearningRateSurvey,
+    TensorBoardReport,
+)
 
 from helpers import make_dataset, make_model, serial
 
@@ -52,6 +59,23 @@ def update(**kwargs):
     updater(**{"accumulation_steps": 2, **kwargs}).update()
 
 
+def report_rows(rule):
+    """Makes an update whose micro-batches report arrays that differ in their second axis."""
+    model, widths = make_model(), iter([1, 2])
+
+    def loss_func(x, t):
+        chainer.report({"rows": numpy.zeros((len(x), next(widths)))})
+        return model(x, t)
+
+    set_up = optimizers.SGD(0.1).setup(model)
+    accumulating = AccumulatingUpdater(
+        iterator(), set_up, loss_func=loss_func, accumulation_steps=2, observation_rules={"rows": rule}
+    )
+    with chainer.Reporter().scope({}):
+        chainer.get_current_reporter().add_observer("main", model)
+        accumulating.update()
+
+
 def update_with(next_batch, **kwargs):
     batches = iterator()
     batches.next = next_batch
@@ -76,14 +100,14 @@ def add_to_a_window_that_is_over():
     window.add_gradients()
 
 
-def train(model=None, optimizer=None, train_iter=None, loss_func=None, accumulation_steps=2, num_epochs=1):
+def train(model=None, optimizer=None, train_iter=None, loss_func=None, accumulation_steps=2, num_epochs=1, **options):
     model, optimizer, train_iter = model or make_model(), optimizer or optimizers.SGD(), train_iter or iterator()
-    train_model(model, optimizer, train_iter, loss_func, accumulation_steps, num_epochs)
+    train_model(model, optimizer, train_iter, loss_func, accumulation_steps, num_epochs, **options)
 
 
-def set_up(optimizer=None, accumulation_steps=2, num_epochs=1):
+def set_up(optimizer=None, accumulation_steps=2, num_epochs=1, **options):
     setup_trainer_with_accumulation(
-        make_model(), iterator(), optimizer or optimizers.SGD(), None, accumulation_steps, num_epochs
+        make_model(), iterator(), optimizer or optimizers.SGD(), None, accumulation_steps, num_epochs, **options
     )
 
 
@@ -96,6 +120,13 @@ def run(extension, updater):
 
 class WithoutBatchSize(chainer.dataset.Iterator):
     """An iterator that does not say how large its batches are."""
+
+
+def average_of_a_growing_model():
+    model = chainer.Chain(a=chainer.links.Linear(2, 2))
+    average = ExponentialMovingAverage(model)
+    model.add_link("b", chainer.links.Linear(2, 2))
+    average(None)
 
 
 class Readable:
@@ -328,9 +359,35 @@ BAD_INPUTS = {
         "micro-batch that waits; use concat_examples",
     ),
     "an unknown rule": (
-        lambda: updater(observation_rules={"main/loss": "max"}),
+        lambda: updater(observation_rules={"main/loss": "median"}),
         ValueError,
-        "observation_rules['main/loss'] must be one of 'mean', 'sum', 'last', got 'max'",
+        "observation_rules['main/loss'] must be one of 'mean', 'sum', 'last', 'max', 'min', 'concat', got 'median'",
+    ),
+    "a rule that is no function": (
+        lambda: updater(observation_rules={"main/loss": 2}),
+        TypeError,
+        "observation_rules['main/loss'] must be callable, got 2; pass a function of values and weights, or one of ",
+    ),
+    "a rule that takes no weights": (
+        lambda: updater(observation_rules={"main/loss": max}),
+        TypeError,
+        "observation_rules['main/loss'] must be a function of a list of values and a list of weights, got <built-in",
+    ),
+    "values that cannot be concatenated": (
+        lambda: report_rows("concat"),
+        ValueError,
+        "'rows' must have the same shape in all micro-batches, except along axis 0, for the rule 'concat', got (6, 1), "
+        "(6, 2); report an array whose other axes do not depend on the micro-batch, or give this key a function",
+    ),
+    "values that have no largest one": (
+        lambda: report_rows("max"),
+        ValueError,
+        "'rows' must have the same shape in all micro-batches for the rule 'max', got (6, 1) and (6, 2); report",
+    ),
+    "a rule that says that the data has ended": (
+        lambda: report_rows(lambda values, weights: next(iter([]))),
+        RuntimeError,
+        "observation_rules['rows'] must not raise StopIteration, got it from <function ",
     ),
     "rules that are no dict": (
         lambda: updater(observation_rules="sum"),
@@ -491,6 +548,21 @@ BAD_INPUTS = {
         TypeError,
         "loss_func must be callable, got 'mse'; pass a function, or None if the model returns the loss",
     ),
+    "an unknown option to train with": (
+        lambda: train(microbatch_size=4),
+        TypeError,
+        "train_model takes no option 'microbatch_size'; did you mean 'micro_batch_size'? It takes the keyword",
+    ),
+    "an unknown option to set up with": (
+        lambda: set_up(outdir="result"),
+        TypeError,
+        "setup_trainer_with_accumulation takes no option 'outdir'; did you mean 'out'? It takes the keyword arguments",
+    ),
+    "an option to train with that has a wrong value": (
+        lambda: train(micro_batch_size=0),
+        ValueError,
+        "micro_batch_size " + SIZE.format("0"),
+    ),
     # load_snapshot
     "something that has no values": (
         lambda: load_snapshot("snapshot", "model"),
@@ -528,6 +600,31 @@ BAD_INPUTS = {
         lambda: TensorBoardReport(keys="main/loss"),
         TypeError,
         "keys must be a sequence of str, got 'main/loss'; pass a list: ['main/loss']",
+    ),
+    "something else for a model to average": (
+        lambda: ExponentialMovingAverage(Readable()),
+        TypeError,
+        "target must be a Link, got Readable(); pass the model that the updater trains",
+    ),
+    "an average that never moves": (
+        lambda: ExponentialMovingAverage(make_model(), 1.0),
+        ValueError,
+        "decay must be a number from 0 to less than 1, got 1.0; use a larger one for a longer average, such as 0.999",
+    ),
+    "a decay by name": (
+        lambda: ExponentialMovingAverage(make_model(), "slow"),
+        TypeError,
+        "decay must be a number from 0 to less than 1, got 'slow'; use a larger one for a longer average, such as",
+    ),
+    "a number for a warm-up": (
+        lambda: ExponentialMovingAverage(make_model(), warmup=10),
+        TypeError,
+        "warmup must be True or False, got 10; use True to forget the first updates sooner",
+    ),
+    "an average of a model that grows": (
+        average_of_a_growing_model,
+        RuntimeError,
+        "target must keep the parameters that it had when the extension was created, got a difference in ['/b/W', ",
     ),
     "an interval of none": (
         lambda: GradientNoiseScale(0),
