@@ -45,8 +45,9 @@ class DeferredSignals:
     def __exit__(self, *exception: object) -> None:
         try:
             self._put_back()
-        finally:
+        except BaseException:  # one signal more, before its handler was replaced again
             self._put_back()
+            raise
         for number in self._pending:
             signal.raise_signal(number)
 
