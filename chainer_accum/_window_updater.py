@@ -10,6 +10,7 @@ import chainer
 from chainer.training.updaters import StandardUpdater
 
 from chainer_accum._arguments import call
+from chainer_accum._late_weights import LateWeights
 from chainer_accum._trainer import is_trainer_failing
 from chainer_accum.batches import (
     Arguments,
@@ -34,18 +35,13 @@ from chainer_accum.window import (
     communicator_of,
     join_remaining_updates,
     join_update,
+    total_loss,
     window_class,
 )
 
 
 class Passes(NamedTuple):
-    """What the passes of a window led to.
-
-    Attributes:
-        observation (dict): What they reported, merged.
-        num_skipped_examples (int): Number of examples in skipped micro-batches.
-
-    """
+    """What the passes of a window reported, merged, and the number of examples in skipped micro-batches."""
 
     observation: Dict[str, Reported]
     num_skipped_examples: int
@@ -89,6 +85,7 @@ class WindowUpdater(StandardUpdater):
         self._options = options
         self._rules = rules
         self.weight_func = weight_func
+        self._late_weights = LateWeights()
         self._epoch_boundary = epoch_boundary
         self._splits_when_out_of_memory = split_when_out_of_memory
         self._prepare = functools.partial(prepare_ahead, device=self.input_device) if prefetch else prepare_lazily
@@ -142,14 +139,15 @@ class WindowUpdater(StandardUpdater):
         """Returns whether ``StandardUpdater`` can take the step: one pass, and nothing else to do."""
         is_one_pass = self._schedule.is_always_one and self._size.size is None
         is_alone = communicator_of(self.get_optimizer("main")) is None
-        return is_one_pass and is_alone and not self._splits_when_out_of_memory and not self._options.checks_values
+        is_plain = not self._options.checks_values and self._options.skip_update is None
+        return is_one_pass and is_alone and is_plain and not self._splits_when_out_of_memory
 
     def _update_at_once(self) -> int:
         """Takes the step as ``StandardUpdater`` does, and returns the number of epochs that ended."""
         iterator = self.get_iterator("main")
         batch = iterator.next()
         arguments = Arguments(self.converter, batch, self.input_device)
-        loss_func = functools.partial(call, "the loss function", self._loss_func())
+        loss_func = functools.partial(total_loss, call, "the loss function", self._loss_func())
         self.get_optimizer("main").update(loss_func, *arguments.args, **arguments.kwargs)
         num_epochs = int(iterator.is_new_epoch)
         self._keep_books(1, count_examples(batch), num_epochs)
@@ -178,7 +176,7 @@ class WindowUpdater(StandardUpdater):
             self.get_iterator("main"),
             steps,
             self._size.size,
-            self.weight_func,
+            self._late_weights.early(self.weight_func),
             self._epoch_boundary,
             is_repeatable=self._keeps_examples(steps),
             likely_weight=self._largest_weight,
@@ -239,13 +237,14 @@ class WindowUpdater(StandardUpdater):
                 largest = max(largest, window.num_examples or 0)
                 with retryable_memory_errors(micro_batch.examples, window, micro_batches):
                     with observations.collecting() as observation:
-                        loss_func = functools.partial(get_arguments().call, "the loss function", self._loss_func())
+                        forward = functools.partial(get_arguments().call, "the loss function", self._loss_func())
+                        loss_func = self._late_weights.late(self.weight_func, forward, micro_batch.examples)
                         is_counted = window.add(loss_func, weight=micro_batch.weight)
                 if is_counted:
-                    observations.add(observation, micro_batch.weight)
+                    observations.add(observation, window.report_weight)
                 else:
                     num_skipped_examples += count_examples(micro_batch.examples) or 0
-                del micro_batch, get_arguments, loss_func  # release the examples before the next are read
+                del micro_batch, get_arguments, forward, loss_func  # release the examples before the next are read
         with retryable_memory_errors(range(largest), window, micro_batches):
             window.run_passes()
         return Passes(observations.merged(), num_skipped_examples)
@@ -271,7 +270,8 @@ class WindowUpdater(StandardUpdater):
         of_size = self._size.end_window(
             device, micro_batches.shapes, micro_batches.num_examples, micro_batches.largest_batch
         )
-        chainer.report({**passes.observation, **of_update.merged(), **of_size})
+        of_passes = {} if window.is_skipped else passes.observation
+        chainer.report({**of_passes, **of_update.merged(), **of_size})
 
     def _keep_books(self, num_batches: int, num_examples: Optional[int], num_epochs: int) -> None:
         """Records how many batches, examples and epochs the step consumed."""

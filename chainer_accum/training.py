@@ -15,6 +15,7 @@ from chainer_accum.batches import Schedule, Steps
 from chainer_accum.extensions.accumulate import Accumulate
 from chainer_accum.observations import Reported
 from chainer_accum.updater import AccumulatingUpdater
+from chainer_accum.window import total_loss
 
 
 def train_model(
@@ -149,7 +150,7 @@ def _make_updater(
     )
 
 
-def _report_loss(loss_func: Callable[..., chainer.Variable], *args: Any, **kwargs: Any) -> chainer.Variable:
-    loss = loss_func(*args, **kwargs)
-    chainer.report({"loss": loss})
-    return loss
+def _report_loss(loss_func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    returned = loss_func(*args, **kwargs)
+    chainer.report({"loss": total_loss(lambda: returned)})
+    return returned

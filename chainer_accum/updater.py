@@ -21,7 +21,7 @@ from chainer_accum.batches import EPOCH_BOUNDARIES, Schedule, Steps, WeightFunc,
 from chainer_accum.lockstep import StoreSpec, make_lockstep_policy
 from chainer_accum.observations import ObservationRules
 from chainer_accum.optimizer import check_not_accumulating
-from chainer_accum.window import WindowOptions, links_communicate, window_class
+from chainer_accum.window import SkipUpdate, WindowOptions, links_communicate, window_class
 
 
 class AccumulatingUpdater(WindowUpdater):
@@ -52,7 +52,9 @@ class AccumulatingUpdater(WindowUpdater):
         optimizer: Optimizer that has been set up with the model, or a dictionary that maps strings to optimizers.
         converter: Converter function, called with the examples of each micro-batch.
         device (device specifier): Device to which the model is sent. If ``None``, the model stays where it is.
-        loss_func: Loss function. The target link of the main optimizer is used by default.
+        loss_func: Loss function. The target link of the main optimizer is used by default. It returns the loss; or a
+            pair ``(loss, weight)``, if what the loss is divided by is known only in the forward pass; or a list of such
+            pairs, if the loss is a sum of means with different divisors, each of which is then a mean over the window.
         loss_scale (float): Loss scaling factor.
         auto_new_epoch (bool): As in ``StandardUpdater``, but for each epoch that ended within the effective batch.
         input_device (device specifier): Device to which the training data is sent. By default, ``device``.
@@ -66,7 +68,8 @@ class AccumulatingUpdater(WindowUpdater):
         weight_func (callable): Function that takes the examples of a micro-batch, as the iterator returned them, and
             returns the weight of the micro-batch, a number of 0 or more. The right weight is what the loss is divided
             by: for a mean over tokens or valid labels, their number. By default, the number of examples. A weight of 0
-            skips the backward pass; if all weights are 0, the gradient is zero.
+            skips the backward pass; if all weights are 0, the gradient is zero. It is called with the examples before
+            the pass; if it takes no argument or refers to a model, it is called after the forward pass.
         loss_reduction (str): Whether the loss is a ``'mean'`` or a ``'sum'`` over its examples. With ``'sum'``, weights
             affect observations only, which are still means: give a reported loss the rule ``'sum'`` in
             ``observation_rules``.
@@ -94,6 +97,9 @@ class AccumulatingUpdater(WindowUpdater):
             normalization, dropout and the state of layers are exactly those of the whole batch: ``'memory'``,
             ``'host'``, ``'file'`` or the path of a folder, where to keep what is needed in between. If ``None``, each
             micro-batch passes through the model by itself.
+        skip_update (callable): Function of the window that is called before the optimizer updates. If it returns
+            ``True``, there is no update, as for :func:`~chainer_accum.accumulate`. The examples are used up, and the
+            update counts as an iteration. ``skipped_updates`` is reported, which is 0 or 1.
 
     Attributes:
         accumulation_steps (int): Number of iterator batches in the last update. Before the first update, the number for
@@ -140,6 +146,7 @@ class AccumulatingUpdater(WindowUpdater):
         nonfinite: str = "keep",
         running_statistics: str = "micro_batch",
         lockstep: StoreSpec = None,
+        skip_update: Optional[SkipUpdate] = None,
     ) -> None:
         iterators = iterator if isinstance(iterator, dict) else {"main": iterator}
         check_main("iterator", iterators, "an iterator", "next", "create a SerialIterator for the dataset")
@@ -175,7 +182,7 @@ class AccumulatingUpdater(WindowUpdater):
                 "converter must not be ConcatWithAsyncTransfer with lockstep, got both; it would overwrite a buffer of "
                 "a micro-batch that waits; use concat_examples"
             )
-        options = WindowOptions(loss_reduction, nonfinite, running_statistics, policy).checked()
+        options = WindowOptions(loss_reduction, nonfinite, running_statistics, policy, skip_update).checked()
         check_choice("epoch_boundary", epoch_boundary, EPOCH_BOUNDARIES)
         rules = ObservationRules(observation_rules)
         check_loss_scale(loss_scale)
@@ -261,6 +268,6 @@ class AccumulatingUpdater(WindowUpdater):
 _SET_ONCE = frozenset(
     [
         *("micro_batch_size", "epoch_boundary", "observation_rules", "prefetch", "split_when_out_of_memory"),
-        *("nonfinite", "running_statistics", "loss_reduction", "lockstep"),
+        *("nonfinite", "running_statistics", "loss_reduction", "lockstep", "skip_update"),
     ]
 )

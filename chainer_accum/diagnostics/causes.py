@@ -8,6 +8,7 @@ import chainer
 import numpy
 
 from chainer_accum._arguments import check_weight
+from chainer_accum._late_weights import LateWeights, is_late
 from chainer_accum.diagnostics.comparison import TOLERANCES, check_usable, compare, largest_scales
 from chainer_accum.diagnostics.trials import Gradient, Settings, Trials
 
@@ -155,7 +156,7 @@ def _neither_mean_nor_sum(factors: numpy.ndarray) -> Cause:
 def _wrong_weights(settings: Settings, parts: Sequence[Sequence[Any]], factors: numpy.ndarray) -> Cause:
     counts = [len(part) for part in parts]
     instead = ""
-    if settings.weight_func:
+    if settings.weight_func and not is_late(settings.weight_func):
         instead = f", not like {listed(f'{weight:g}' for weight in _weights(settings, parts))}"
     return Cause(
         "normalizer",
@@ -181,7 +182,7 @@ def _factors(settings: Settings, parts: Sequence[Sequence[Any]]) -> numpy.ndarra
 
 
 def _weights(settings: Settings, parts: Sequence[Sequence[Any]]) -> List[float]:
-    weight_func = settings.weight_func or len
+    weight_func = LateWeights().early(settings.weight_func) or len
     return [check_weight(weight_func(part), "the value of weight_func") for part in parts]
 
 

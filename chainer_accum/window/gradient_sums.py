@@ -97,12 +97,15 @@ class GradientSums:
             else:
                 self.add(param, total)
 
-    def multiply(self, factor: float) -> None:
-        """Multiplies all sums by a number."""
-        with numpy.errstate(over="ignore", under="ignore"):
-            for _, total in self._sums.values():
-                with device_of(total):
-                    total *= factor
+    def multiply(self, factor: float, factor_of_others: Optional[float] = None) -> None:
+        """Multiplies all sums by a number, or those of parameters outside the target by another one."""
+        own = None if factor_of_others is None else {id(param) for param in self._target.params()}
+        with numpy.errstate(over="ignore", under="ignore"):  # dynamic loss scaling finds an overflow later
+            for key, (_, total) in self._sums.items():
+                by = factor if own is None or key in own else factor_of_others
+                if by != 1:
+                    with device_of(total):
+                        total *= by
 
     def get(self, param: chainer.Parameter) -> Optional[Array]:
         """Returns the sum of the gradients of ``param``, or ``None`` if it has had none."""
