@@ -175,8 +175,7 @@ class _AccumulatingOptimizer(chainer.Optimizer):
         window, self._window = self._window, None
         if window is None or window.num_micro_batches == 0:
             return
-        replaces_gradients = window.num_micro_batches > 1 or self._options.skip_update is not None
-        params = self.target.params(include_uninit=False) if replaces_gradients else ()
+        params = self.target.params(include_uninit=False) if window.num_micro_batches > 1 else ()
         put_back = keep_for_others(params, self.actual_optimizer)
         try:
             window.update()

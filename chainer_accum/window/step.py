@@ -107,6 +107,7 @@ class Step:
                 self._gradients.take_back()
                 undo()
             else:
+                self._gradients.forget_replaced()
                 self._effects.end()
                 self._optimizer.update()
             self.is_done = True
@@ -115,6 +116,7 @@ class Step:
 
     def leave(self) -> None:
         """Leaves the update to the caller."""
+        self._gradients.forget_replaced()
         with DeferredSignals():
             self._effects.end()
             self.is_done = True

@@ -171,6 +171,8 @@ class WeightedGradients:
             share (float): Factor of the gradient of the mean of these losses in the result.
 
         """
+        if self.are_taken:  # they belong to the caller
+            self._replaced = [(param, param.grad_var) for param in self._target.params(include_uninit=False)]
         self._target.cleargrads()
         own: Dict[int, chainer.Parameter] = {id(param): param for param in self._target.params()}
         for term, correction in zip(self._terms, corrections or [term.correction() for term in self._terms]):
@@ -195,10 +197,14 @@ class WeightedGradients:
             self._norms.set_window(grads, (self.loss_scale or 1.0) * self._divisor(weight) * share)
 
     def take_back(self) -> None:
-        """Clears the gradients of the target that were given, and restores those of other parameters."""
+        """Clears the gradients of the target, and restores those of the caller and of other parameters."""
         self._target.cleargrads()
         for param, grad in self._replaced:
             param.grad_var = grad
+        self.forget_replaced()
+
+    def forget_replaced(self) -> None:
+        """Frees the gradients that were replaced."""
         self._replaced = []
 
     def end(self) -> None:
