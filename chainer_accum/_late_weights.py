@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, Callable, Optional, Tuple
 
-from chainer_accum._arguments import call, check_weight
+from chainer_accum._arguments import call, check_weight, takes
 from chainer_accum.batches import WeightFunc, count_examples
 from chainer_accum.state import links_behind
 
 
 def is_late(weight_func: Optional[Callable[..., Any]]) -> bool:
     """Returns whether a weight function must be called after the pass: it takes no argument or refers to a link."""
-    return weight_func is not None and (not _takes_examples(weight_func) or bool(links_behind(weight_func)))
+    return weight_func is not None and (not takes(weight_func, None) or bool(links_behind(weight_func)))
 
 
 class LateWeights:
@@ -39,7 +38,7 @@ class LateWeights:
         """Returns the loss function of a micro-batch, which returns the weight as well if that becomes known late."""
         if weight_func is None or not self._is_late(weight_func):
             return loss_func
-        args = (examples,) if _takes_examples(weight_func) else ()
+        args = (examples,) if takes(weight_func, None) else ()
         return _WithWeight(loss_func, weight_func, args)
 
     def _is_late(self, weight_func: Optional[Callable[..., Any]]) -> bool:
@@ -61,18 +60,6 @@ class _WithWeight:
         if isinstance(returned, (tuple, list)):
             return returned
         return returned, check_weight(call("weight_func", self._weight_func, *self._args), "the value of weight_func")
-
-
-def _takes_examples(weight_func: Callable[..., Any]) -> bool:
-    try:
-        signature = inspect.signature(weight_func)
-    except (TypeError, ValueError):  # a function that is not written in Python may have none
-        return True
-    try:
-        signature.bind(None)
-    except TypeError:
-        return False
-    return True
 
 
 def _count_or_one(examples: Any) -> float:

@@ -13,7 +13,7 @@ from typing import Any, Callable, List, NamedTuple, NoReturn, Sequence, Tuple, U
 
 import chainer
 
-from chainer_accum._arguments import check_weight
+from chainer_accum._arguments import check_weight, takes
 from chainer_accum._devices import Array
 from chainer_accum.observations import Reported
 from chainer_accum.window.losses import check_loss
@@ -129,8 +129,21 @@ def factors_of(losses: Losses, weights: Sequence[Sequence[float]]) -> List[float
 
 
 def check_given_weight(weight: Weight) -> Union[float, Callable[[], Any]]:
-    """Returns a weight as a float, or unchanged if it is a function."""
-    return weight if callable(weight) else check_weight(weight, "weight")
+    """Returns a weight as a float, or unchanged if it is a function.
+
+    Raises:
+        TypeError: If it is neither a number nor a function without arguments.
+        ValueError: If it is negative or not finite.
+
+    """
+    if not callable(weight):
+        return check_weight(weight, "weight")
+    if not takes(weight):
+        raise TypeError(
+            f"weight must be a number or a function without arguments, got {weight!r}; write lambda: ..., which is "
+            "called after the forward pass"
+        )
+    return weight
 
 
 def evaluate(function: Callable[[], Any], weight: Union[float, Callable[[], Any]]) -> Losses:

@@ -11,12 +11,22 @@ import chainer.functions as F
 import chainer.links as L
 import numpy
 import pytest
-from chainer_accum import AccumulatingUpdater, accumulate, create_accumulating_optimizer
+from chainer_accum import (
+    AccumulatingUpdater,
+    CachedGradientUpdater,
+    accumulate,
+    check_equivalence,
+    create_accumulating_optimizer,
+    train_model,
+)
 from chainer import optimizers
 from chainer.serializers import load_npz, save_npz
 from chainer.training.updaters import StandardUpdater
 from chainer_accum._late_weights import is_late
+from chainer_accum.lockstep import make_lockstep_policy
+from chainer_accum.window.distributed import window_class
 from chainer_accum.window.gradient_norms import GradientNorms
+from chainer_accum.window.options import WindowOptions
 from chainer_accum.window.window import Window
 from detectors import Detector, make_boxes, set_up, split, summed
 from hypothesis import given, settings
@@ -467,3 +477,97 @@ def test_a_weight_that_raises_leaves_the_window_as_it_was(error):
     window.update()
     expected.update(summed(expected.target.of_labels), *parts[0])
     assert_same(optimizer, expected)
+
+
+# Where else loss functions return weights.
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 3])
+@pytest.mark.parametrize("name", ["of_labels", "of_all"])
+def test_train_model_takes_such_loss_functions(name, accumulation_steps):
+    model = Detector()
+    batch_size = 12 // accumulation_steps
+    history = train_model(
+        model, optimizers.SGD(0.1), serial(BOXES, batch_size), getattr(model, name), accumulation_steps, num_epochs=1
+    )
+    expected, losses = set_up(optimizer=optimizers.SGD(0.1)), []
+    lossfun = summed(getattr(expected.target, name))
+    for start in (0, 12):
+        arrays = chainer.dataset.concat_examples(BOXES[start : start + 12])
+        losses.append(float(lossfun(*arrays).array))
+        expected.update(lossfun, *arrays)
+    assert_same_parameters(model, expected.target, EXACT)
+    if name == "of_labels" or accumulation_steps == 1:
+        assert history[0]["loss"] == pytest.approx(numpy.mean(losses))
+
+
+@pytest.mark.parametrize("name", ["of_labels", "of_all"])
+def test_check_equivalence_knows_that_such_a_step_is_exact(name):
+    model = Detector()
+    result = check_equivalence(model, BOXES[:10], loss_func=getattr(model, name))
+    assert result, result.message
+
+
+def test_check_equivalence_takes_a_weight_func_that_asks_the_model():
+    model = Detector()
+    kwargs = {"loss_func": lambda *args: model.of_labels(*args)[0]}
+    assert check_equivalence(model, BOXES[:10], weight_func=lambda: model.num_labels, **kwargs)
+    result = check_equivalence(model, BOXES[:10], weight_func=lambda: 1, **kwargs)
+    assert not result and [cause.name for cause in result.causes] == ["normalizer"]
+    assert "not like" not in result.message  # it cannot say what the weights were
+
+
+def test_a_loss_of_all_representations_may_be_the_sum_of_several():
+    def losses(h, t):
+        return [(F.mean(h), 3), (F.softmax_cross_entropy(h[:, :3], t), 0), (F.sum(h**2), 1)]
+
+    def step(updater_class, **kwargs):
+        model = Detector()
+
+        def encode(x, t, y, m):
+            return model.features(x), t
+
+        if updater_class is StandardUpdater:
+            kwargs = {"loss_func": lambda *args: sum(loss for loss, weight in losses(*encode(*args)) if weight > 0)}
+        else:
+            kwargs = {"loss_func": losses, "encoder": encode, "micro_batch_size": 5}
+        updater_class(serial(BOXES, 12), set_up(model), **kwargs).update()
+        return model
+
+    assert_same_parameters(step(CachedGradientUpdater), step(StandardUpdater), EXACT)
+
+
+def test_representations_are_not_weighted_by_a_model():
+    model = Detector()
+    with pytest.raises(ValueError, match="weight_func must be a function of the examples alone, got one that takes no"):
+        CachedGradientUpdater(
+            serial(BOXES, 12), set_up(model), loss_func=F.sum, weight_func=lambda: 1, micro_batch_size=5
+        )
+
+
+def test_passes_that_need_not_wait_do_so_only_for_late_weights():
+    optimizer, policy, waits = set_up(), make_lockstep_policy("memory"), []
+    model, options = optimizer.target, WindowOptions(lockstep=policy)
+    for name in ("of_all", "bare", "bare", "of_all", "of_all"):
+        window = window_class(optimizer, options)(optimizer, options)
+        for arrays in split(BOXES, [5, 19]):
+            lossfun = model.of_all if name == "of_all" else lambda *args: model.of_labels(*args)[0]
+            window.add(lossfun, *arrays, weight=len(arrays[0]))
+        window.update()
+        window.abandon()
+        waits.append(policy.meets)
+    assert waits == [True, False, False, True, True]
+    expected = set_up()
+    for name in ("of_all", "bare", "bare", "of_all", "of_all"):
+        if name == "of_all":
+            expected.update(summed(expected.target.of_all), *chainer.dataset.concat_examples(BOXES))
+        else:
+            by_examples(expected)
+    assert_same_parameters(optimizer.target, expected.target, 1e-11)
+
+
+def by_examples(optimizer):
+    """Takes the step of micro-batches that count by their examples."""
+    with accumulate(optimizer) as window:
+        for arrays in split(BOXES, [5, 19]):
+            window.add(lambda *args: optimizer.target.of_labels(*args)[0], *arrays, weight=len(arrays[0]))
