@@ -240,7 +240,7 @@ class LockstepWindow(Window):
         losses = evaluate(function, weight)
         report_weight = losses.report_weight()  # it looks for the arrays of the losses, which may move while they wait
         factors: Optional[Sequence[float]] = None
-        if losses.are_pairs or callable(weight):
+        if losses.num_pairs > 0 or callable(weight):
             factors = [1.0] * len(losses.weights)
             current = current_pass()
             if self._options.is_mean and current is not None:

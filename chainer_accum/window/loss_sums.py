@@ -41,8 +41,11 @@ class LossSum:
 
     def multiply(self, factor: float) -> None:
         """Multiplies the sum by a number."""
-        with device_of(self._total):
-            self._total = self._total * factor
+        if isinstance(self._total, float):
+            self._total *= factor
+        else:
+            with device_of(self._total):
+                self._total = self._total * factor
 
     def serialize(self, serializer: chainer.AbstractSerializer) -> None:
         """Serializes the sum."""

@@ -77,10 +77,9 @@ class Step:
             reported["skipped_updates"] = int(self.is_skipped)
         return reported
 
-    def check_is_ahead(self) -> None:
-        """Raises RuntimeError if the optimizer has updated since the window began."""
-        if not self.is_ahead:
-            raise has_updated(self._optimizer.t - self._t)
+    def too_late(self) -> RuntimeError:
+        """Returns the error for an optimizer that has updated since the window began."""
+        return has_updated(self._optimizer.t - self._t)
 
     def prepare(self, give_gradients: Callable[[], None]) -> None:
         """Gives the parameters their gradients."""

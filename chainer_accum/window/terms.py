@@ -29,24 +29,19 @@ class Losses(NamedTuple):
         losses (tuple of ~chainer.Variable): The losses, one for each term.
         weights (tuple of float): The weight of each loss.
         given (float): The weight of the pass as its caller gave it.
-        are_pairs (bool): Whether the loss function returned the weights.
+        num_pairs (int): The number of pairs that the loss function returned, or 0 for a loss without a weight.
 
     """
 
     losses: Tuple[chainer.Variable, ...]
     weights: Tuple[float, ...]
     given: float
-    are_pairs: bool
-
-    @property
-    def num_pairs(self) -> int:
-        """The number of pairs that the loss function returned, or 0 for a loss without a weight."""
-        return len(self.losses) if self.are_pairs else 0
+    num_pairs: int = 0
 
     @property
     def has_weight(self) -> bool:
         """Whether any of the losses counts."""
-        return any(weight > 0 for weight in self.weights)
+        return max(self.weights) > 0
 
     def to_check(self) -> Sequence[chainer.Variable]:
         """Returns the losses that must be finite: those that count, or all if none does."""
@@ -61,7 +56,7 @@ class Losses(NamedTuple):
 
     def total(self) -> chainer.Variable:
         """Returns the sum of the losses that count, as in a batch that is not split, or zero if none does."""
-        if not self.are_pairs:
+        if self.num_pairs == 0:
             return self.losses[0]
         counted = [loss for loss, weight in zip(self.losses, self.weights) if weight > 0]
         if len(counted) == 1:
@@ -158,7 +153,7 @@ def evaluate(function: Callable[[], Any], weight: Union[float, Callable[[], Any]
     given = check_weight(weight(), "the value of weight") if callable(weight) else weight
     if not isinstance(returned, (tuple, list)):
         check_loss(returned)
-        return Losses((returned,), (given,), given, are_pairs=False)
+        return Losses((returned,), (given,), given)
     pairs = [returned] if isinstance(returned, tuple) and not _has_sequence(returned) else returned
     if not pairs or not all(map(_is_pair, pairs)):
         _refuse(returned)
@@ -166,7 +161,7 @@ def evaluate(function: Callable[[], Any], weight: Union[float, Callable[[], Any]
     for loss in losses:
         check_loss(loss)
     checked = tuple(check_weight(weight, "a weight that the loss function returns") for weight in weights)
-    return Losses(losses, checked, given, are_pairs=True)
+    return Losses(losses, checked, given, len(losses))
 
 
 def total_loss(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

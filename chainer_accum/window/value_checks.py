@@ -20,6 +20,7 @@ class ValueChecks:
         optimizer (~chainer.Optimizer): Optimizer, which may look for gradients that are not finite itself.
 
     Attributes:
+        look_at_gradients (bool): Whether gradients are checked.
         num_skipped (int): Number of skipped passes.
         has_skipped_weight (bool): Whether a loss with a weight was in one of them.
 
@@ -27,20 +28,16 @@ class ValueChecks:
 
     def __init__(self, options: WindowOptions, optimizer: chainer.Optimizer) -> None:
         self._options = options
-        self._optimizer = optimizer
+        self._look_at_losses = options.checks_values
+        # With dynamic scaling, a gradient that is not finite means that the scale is too large. The optimizer finds it
+        # in the gradient of the window, skips the update and lowers the scale.
+        self.look_at_gradients = options.checks_values and not optimizer._loss_scaling_is_dynamic
         self.num_skipped = 0
         self.has_skipped_weight = False
 
-    @property
-    def look_at_gradients(self) -> bool:
-        """Whether gradients are checked."""
-        # With dynamic scaling, a gradient that is not finite means that the scale is too large. The optimizer finds it
-        # in the gradient of the window, skips the update and lowers the scale.
-        return self._options.checks_values and not self._optimizer._loss_scaling_is_dynamic
-
     def find(self, losses: Losses) -> Optional[str]:
         """Returns what is not finite among the losses of a pass, or ``None``."""
-        for loss in losses.to_check() if self._options.checks_values else ():
+        for loss in losses.to_check() if self._look_at_losses else ():
             if not are_finite([loss.array]):
                 return f"its loss is {describe(loss)}"
         return None

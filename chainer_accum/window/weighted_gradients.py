@@ -99,15 +99,16 @@ class WeightedGradients:
             ``None``, or a description of the problem if nothing was added.
 
         """
-        self._begin(losses, factors is not None)
+        if losses.num_pairs > 0 or self.num_pairs != 0:
+            self._begin(losses, factors is not None)
         self._has_losses = True
         is_apart = is_checked or self._norms is not None
         parts = []
         for index, (loss, weight) in enumerate(zip(losses.losses, losses.weights)):
             term = self._terms[0 if factors else index]
             factor = term.make_room(weight) if weight > 0 else 0.0
-            part = _Part(term, loss, weight, factors[index] if factors else factor)
-            parts.append(self._run(part, is_apart))
+            factor = factors[index] if factors else factor
+            parts.append(_Part(term, loss, weight, factor, self._run(term, loss, weight, factor, is_apart)))
         for part in parts:
             if is_checked and part.gradients is not None and not are_finite(part.gradients.arrays()):
                 return f"its gradient is not, and its loss is {describe(part.loss)}"
@@ -176,7 +177,7 @@ class WeightedGradients:
         self._target.cleargrads()
         own: Dict[int, chainer.Parameter] = {id(param): param for param in self._target.params()}
         for term, correction in zip(self._terms, corrections or [term.correction() for term in self._terms]):
-            term.gradients.multiply(correction, term.correction())
+            term.gradients.multiply(correction, own, term.correction())
         first, *others = [term.gradients for term in self._terms]
         for other in others:
             first.merge(other)
@@ -231,7 +232,7 @@ class WeightedGradients:
             self.num_pairs = losses.num_pairs
         self._check_kind(losses.num_pairs)
         weight = self.weights.total + losses.given
-        if losses.are_pairs and not is_exact and weight > 0:
+        if losses.num_pairs > 0 and not is_exact and weight > 0:
             # The sum of the returned weights is likely to grow as that of the given ones, of which more is known.
             for term, returned in zip(self._terms, losses.weights):
                 term.weights.expect((term.weights.total + returned) / weight * max(self.weights.expected, weight))
@@ -251,22 +252,23 @@ class WeightedGradients:
                 "common weight; leave it out, or return one loss"
             )
 
-    def _run(self, part: _Part, is_apart: bool) -> _Part:
-        """Runs the backward pass of a loss, if it needs one, and returns the part with its gradients."""
-        loss = part.loss
-        if part.weight == 0 or not has_graph(loss):
+    def _run(
+        self, term: TermSums, loss: chainer.Variable, weight: float, factor: float, is_apart: bool
+    ) -> Optional[GradientSums]:
+        """Runs the backward pass of a loss, and returns the sums with its gradients, or ``None`` if it needs none."""
+        if weight == 0 or not has_graph(loss):
             self._target.cleargrads()
             self._has_losses_without_gradient = True
-            if part.weight > 0:
+            if weight > 0:
                 self._has_only_constants = self._has_only_constants and is_constant(loss)
-            return part
+            return None
         self._has_only_constants = False
-        gradients = GradientSums(self._target) if is_apart else part.term.gradients
+        gradients = GradientSums(self._target) if is_apart else term.gradients
         # This clears the gradients. Before the forward pass would be too early: lazy parameters are initialized in it,
         # with gradients of NaN, and a loss function may run its own backward pass.
         with gradients.adding():
-            run_backward(loss, part.factor, self.loss_scale)
-        return part._replace(gradients=gradients)
+            run_backward(loss, factor, self.loss_scale)
+        return gradients
 
     def _keep(self, part: _Part) -> None:
         term, weight = part.term, part.weight
@@ -292,4 +294,4 @@ class _Part(NamedTuple):
     loss: chainer.Variable
     weight: float
     factor: float
-    gradients: Optional[GradientSums] = None
+    gradients: Optional[GradientSums]

@@ -277,4 +277,4 @@ class Window(Readings):
             raise RuntimeError("this window was updated or one of its backward passes failed; begin a new window")
         if not self._step.is_ahead:
             self.is_open = False
-        self._step.check_is_ahead()
+            raise self._step.too_late()
