@@ -62,8 +62,9 @@ _COMPARISON = Cause(
     "comparison",
     "No weights make the gradients of the micro-batches add up to that of the batch: something is computed over all "
     "examples of the batch, such as a loss that compares examples with one another.",
-    "Use CachedGradientUpdater for a loss that compares what an encoder returns, an optimizer hook for regularization, "
-    "or a loss to which each example contributes independently.",
+    "Use CachedGradientUpdater for a loss that compares what an encoder returns, pairs (loss, weight) for a sum of "
+    "means with different divisors, an optimizer hook for regularization, or a loss to which each example "
+    "contributes independently.",
 )
 
 AGREEABLE = {_FLOAT16, _STATE, _RANDOMNESS, _BATCH_NORMALIZATION}  # without these, the steps may agree
