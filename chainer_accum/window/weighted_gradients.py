@@ -78,7 +78,7 @@ class WeightedGradients:
     @property
     def loss(self) -> Optional[Array]:
         """The mean or the sum of the losses so far, or ``None`` if there is none, or one that is not known."""
-        if self.num_pairs is None or not all(term.loss.is_known for term in self._terms):
+        if not self._has_losses or not all(term.loss.is_known for term in self._terms):
             return None
         return total_of(term.loss.scaled(term.correction()) for term in self._terms)
 
@@ -101,7 +101,6 @@ class WeightedGradients:
         """
         if losses.num_pairs > 0 or self.num_pairs != 0:
             self._begin(losses, factors is not None)
-        self._has_losses = True
         is_apart = is_checked or self._norms is not None
         parts = []
         for index, (loss, weight) in enumerate(zip(losses.losses, losses.weights)):
@@ -112,6 +111,7 @@ class WeightedGradients:
         for part in parts:
             if is_checked and part.gradients is not None and not are_finite(part.gradients.arrays()):
                 return f"its gradient is not, and its loss is {describe(part.loss)}"
+        self._has_losses = True
         for part in parts:
             self._keep(part)
         if self._terms[0].weights is not self.weights and losses.given > 0:

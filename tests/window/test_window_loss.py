@@ -73,8 +73,10 @@ def test_skipped_micro_batches_do_not_count():
     optimizer = set_up()
     (arrays,) = split(BOXES, [6])
     with accumulate(optimizer, nonfinite="skip") as window:
+        window.add(lambda: chainer.Variable(numpy.array(numpy.inf)), weight=5)
+        assert window.loss is None
         window.add(optimizer.target.of_labels, *arrays)
-        window.add(lambda: chainer.Variable(numpy.array(numpy.nan)), weight=5)
+        window.add(lambda: (chainer.Variable(numpy.array(numpy.nan)), 5))
         assert float(window.loss) == pytest.approx(loss_of("of_labels", BOXES[:6]))
 
 
