@@ -14,7 +14,7 @@ from typing import Any, Callable, List, NamedTuple, NoReturn, Sequence, Tuple, U
 import chainer
 
 from chainer_accum._arguments import check_weight, takes
-from chainer_accum._devices import Array
+from chainer_accum._devices import Array, device_of
 from chainer_accum.observations import Reported
 from chainer_accum.window.losses import check_loss
 
@@ -63,7 +63,8 @@ class Losses(NamedTuple):
             return counted[0]
         if not counted:
             first = self.losses[0]
-            return chainer.Variable(first.xp.zeros((), first.dtype))
+            with device_of(first.array):
+                return chainer.Variable(first.xp.zeros((), first.dtype))
         return functools.reduce(operator.add, map(chainer.functions.sum, counted))
 
 
