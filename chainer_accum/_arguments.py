@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from typing import Any, Callable, Mapping, Tuple, TypeVar
@@ -51,6 +52,19 @@ def check_callable(name: str, value: object, remedy: str = "pass a function") ->
     """Raises TypeError unless the value can be called."""
     if not callable(value):
         raise TypeError(f"{name} must be callable, got {value!r}; {remedy}")
+
+
+def takes(function: Callable[..., Any], *args: object) -> bool:
+    """Returns whether a function can be called with these arguments, as far as its signature is known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function that is not written in Python may have none
+        return True
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return False
+    return True
 
 
 def check_choice(name: str, value: object, choices: Tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ import chainer
 from chainer.training.updaters import StandardUpdater
 
 from chainer_accum._arguments import call
+from chainer_accum._late_weights import LateWeights
 from chainer_accum._trainer import is_trainer_failing
 from chainer_accum.batches import (
     Arguments,
@@ -36,18 +37,13 @@ from chainer_accum.window import (
     communicator_of,
     join_remaining_updates,
     join_update,
+    total_loss,
     window_class,
 )
 
 
 class Passes(NamedTuple):
-    """What the passes of a window led to.
-
-    Attributes:
-        observation (dict): What they reported, merged.
-        num_skipped_examples (int): Number of examples in skipped micro-batches.
-
-    """
+    """What the passes of a window reported, merged, and the number of examples in skipped micro-batches."""
 
     observation: Dict[str, Reported]
     num_skipped_examples: int
@@ -67,7 +63,6 @@ class WindowUpdater(StandardUpdater):
         weight_func (callable): Weight of a micro-batch, or ``None`` for its number of examples.
         epoch_boundary (str): ``'carry'`` or ``'flush'``.
         prefetch (bool): Whether a thread prepares the next micro-batch.
-        split_when_out_of_memory (bool): Whether an update restarts when memory runs out, or ``None`` for the default.
         **kwargs: Keyword arguments of ``StandardUpdater``.
 
     """
@@ -82,7 +77,6 @@ class WindowUpdater(StandardUpdater):
         weight_func: Optional[WeightFunc],
         epoch_boundary: str,
         prefetch: bool,
-        split_when_out_of_memory: Optional[bool],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -91,8 +85,8 @@ class WindowUpdater(StandardUpdater):
         self._options = options
         self._rules = rules
         self.weight_func = weight_func
+        self._late_weights = LateWeights()
         self._epoch_boundary = epoch_boundary
-        self._splits_when_out_of_memory = split_when_out_of_memory
         self._prepare = functools.partial(prepare_ahead, device=self.input_device) if prefetch else prepare_lazily
         self._steps = schedule.known(self) or 1  # of the last window
         self._largest_weight = 0.0  # the largest weight of an iterator batch so far
@@ -143,17 +137,17 @@ class WindowUpdater(StandardUpdater):
 
     def _is_standard(self) -> bool:
         """Returns whether ``StandardUpdater`` can take the step: one pass, and nothing else to do."""
-        is_one_pass = self._schedule.is_always_one and self._size.leaves_whole
+        is_one_pass = self._schedule.is_always_one and self._size.leaves_whole and not self._size.keeps_examples(True)
         is_alone = communicator_of(self.get_optimizer("main")) is None
-        has_more_to_do = self._options.checks_values or self._rules.change_single_reports
-        return is_one_pass and is_alone and not self._splits_when_out_of_memory and not has_more_to_do
+        has_more_to_do = self._options.checks_values or self._options.skip_update or self._rules.change_single_reports
+        return is_one_pass and is_alone and not has_more_to_do
 
     def _update_at_once(self) -> int:
         """Takes the step as ``StandardUpdater`` does, and returns the number of epochs that ended."""
         iterator = self.get_iterator("main")
         batch = iterator.next()
         arguments = Arguments(self.converter, batch, self.input_device)
-        loss_func = functools.partial(call, "the loss function", self._loss_func())
+        loss_func = functools.partial(total_loss, call, "the loss function", self._loss_func())
         self.get_optimizer("main").update(loss_func, *arguments.args, **arguments.kwargs)
         num_epochs = int(iterator.is_new_epoch)
         self._keep_books(1, count_examples(batch), num_epochs)
@@ -182,9 +176,9 @@ class WindowUpdater(StandardUpdater):
             self.get_iterator("main"),
             gathering,
             self._size,
-            self.weight_func,
+            self._late_weights.early(self.weight_func),
             self._epoch_boundary,
-            is_repeatable=self._keeps_examples(gathering.to_come == 1),
+            is_repeatable=self._size.keeps_examples(gathering.to_come == 1),
             likely_weight=self._largest_weight,
         )
 
@@ -243,13 +237,14 @@ class WindowUpdater(StandardUpdater):
                 loads.append(micro_batch.load)
                 with self._running(micro_batch.load, micro_batches, is_whole=not window.waits):
                     with observations.collecting() as observation:
-                        loss_func = functools.partial(get_arguments().call, "the loss function", self._loss_func())
+                        forward = functools.partial(get_arguments().call, "the loss function", self._loss_func())
+                        loss_func = self._late_weights.late(self.weight_func, forward, micro_batch.examples)
                         is_counted = window.add(loss_func, weight=micro_batch.weight)
                 if is_counted:
-                    observations.add(observation, micro_batch.weight)
+                    observations.add(observation, window.report_weight)
                 else:
                     num_skipped_examples += count_examples(micro_batch.examples) or 0
-                del micro_batch, get_arguments, loss_func  # release the examples before the next are read
+                del micro_batch, get_arguments, forward, loss_func  # release the examples before the next are read
         with self._running(together(loads), micro_batches, is_whole=window.waits):
             window.run_passes()
         return Passes(observations.merged(), num_skipped_examples)
@@ -280,7 +275,8 @@ class WindowUpdater(StandardUpdater):
             self._used_links.record(self._links(), window.links)
         of_update.add(reported, 1.0)
         of_size = self._size.end_window(micro_batches.shapes, micro_batches.costliest)
-        chainer.report({**passes.observation, **of_update.merged(), **of_size})
+        of_passes = {} if window.is_skipped else passes.observation
+        chainer.report({**of_passes, **of_update.merged(), **of_size})
 
     def _keep_books(self, num_batches: int, num_examples: Optional[int], num_epochs: int) -> None:
         """Records how many batches, examples and epochs the step consumed."""
@@ -289,12 +285,6 @@ class WindowUpdater(StandardUpdater):
         if self.auto_new_epoch:
             for _ in range(num_epochs):
                 self.get_optimizer("main").new_epoch(auto=True)
-
-    def _keeps_examples(self, is_one_batch: bool) -> bool:
-        if self._splits_when_out_of_memory is not None:
-            return self._splits_when_out_of_memory
-        # A search tries sizes that do not fit. A single batch is in memory as a whole anyway.
-        return self._size.is_tuned or self._size.across_window or (not self._size.leaves_whole and is_one_batch)
 
     def _links(self) -> List[Optional[chainer.Link]]:
         """Returns the known links whose persistent values a pass may change."""

@@ -9,12 +9,12 @@ from typing import Dict, Mapping, NoReturn, Optional, Type
 
 import chainer
 
-from chainer_accum._arguments import check_set_up, check_weight
+from chainer_accum._arguments import check_bool, check_set_up, check_weight
 from chainer_accum.lockstep import StoreSpec, make_lockstep_policy
 from chainer_accum.observations import ObservationRules, Observations, Reported, Rule
 from chainer_accum.optimizer import check_not_accumulating
 from chainer_accum.state import DeferredSignals
-from chainer_accum.window import Window, WindowOptions, window_class
+from chainer_accum.window import ReportWeight, SkipUpdate, Window, WindowOptions, communicator_of, window_class
 
 
 def accumulate(
@@ -26,6 +26,8 @@ def accumulate(
     running_statistics: str = "micro_batch",
     observation_rules: Optional[Mapping[str, Rule]] = None,
     lockstep: StoreSpec = None,
+    skip_update: Optional[SkipUpdate] = None,
+    update: bool = True,
 ) -> _Block:
     """Context manager that accumulates the gradients of several losses and updates the parameters once, when it ends.
 
@@ -43,11 +45,15 @@ def accumulate(
     optimizer and the persistent values of the model stay unchanged, and nothing is reported. A block that adds no loss
     does not update.
 
+    Where the divisor of a loss is known only after the forward pass, the loss function returns ``(loss, weight)``, or
+    ``weight`` is a function without arguments that returns it then. A loss that is a sum of means with different
+    divisors is a list of such pairs. ``window.loss`` is the loss of the block so far.
+
     Args:
         optimizer (~chainer.Optimizer): Optimizer that has been set up with the model.
         loss_reduction (str): ``'mean'`` or ``'sum'``: whether each loss is a mean or a sum over its examples.
-        expected_weight (float): The likely sum of the weights. It sets the magnitude of the gradients during
-            backpropagation, which matters in float16, but not the result.
+        expected_weight (float): The likely sum of the arguments ``weight``. It sets the magnitude of the gradients
+            during backpropagation, which matters in float16, but not the result.
         nonfinite (str): What to do with a micro-batch whose loss or gradient is not finite. ``'keep'`` counts it like
             any other, as Chainer does; ``'skip'`` leaves out its gradient and its weight, and undoes its changes to
             persistent values; ``'raise'`` raises :class:`FloatingPointError`. The last two wait for the device in each
@@ -65,6 +71,13 @@ def accumulate(
         observation_rules (dict): Maps keys such as ``'main/n_correct'`` to how the values reported by the passes are
             merged: a name or a function, as for :class:`~chainer_accum.AccumulatingUpdater`. If a function raises, the
             block raises, and does not update.
+        skip_update (callable): Function of the window that is called before the optimizer updates. If it returns
+            ``True``, there is no update: parameters, optimizer and persistent values are as before the block, and the
+            gradients are cleared. It may read ``window.gradient_norm``, the norm of the gradient before hooks;
+            ``window.loss``; ``window.num_micro_batches``; and ``window.weights.total``. What the passes reported is
+            dropped, and ``skipped_updates`` is reported, which is 0 or 1.
+        update (bool): Whether the optimizer updates when the block ends. If not, the parameters have the gradient of
+            the window then, and ``optimizer.update()`` takes the step.
 
     Returns:
         Context manager that yields a :class:`~chainer_accum.window.Window`.
@@ -73,18 +86,27 @@ def accumulate(
         FloatingPointError: If a micro-batch is not finite and ``nonfinite`` is ``'raise'``.
         RuntimeError: If the optimizer updates inside the block, or no loss of the first update depends on a parameter;
             or if passes in lockstep do not call the same layers, or cannot be computed again.
-        TypeError: If the optimizer accumulates gradients itself.
-        ValueError: If the optimizer has not been set up or an option has an unknown value.
+        TypeError: If the optimizer accumulates gradients itself, or an option has the wrong type.
+        ValueError: If the optimizer has not been set up, an option has an unknown value, or options contradict each
+            other.
 
     """
     check_set_up(optimizer, "optimizer")
     check_not_accumulating("optimizer", optimizer, "an accumulate block")
     policy = make_lockstep_policy(lockstep)
-    options = WindowOptions(loss_reduction, nonfinite, running_statistics, policy).checked()
+    options = WindowOptions(loss_reduction, nonfinite, running_statistics, policy, skip_update).checked()
+    check_bool("update", update, "use False to update with the gradients yourself")
+    if not update and skip_update is not None:
+        raise ValueError("skip_update must be None with update=False, got both; decide before you call the optimizer")
+    if not update and communicator_of(optimizer) is not None:
+        raise ValueError(
+            "update must be True with a multi-node optimizer, got False: the ranks average their gradients in the "
+            "update; use hooks of the optimizer, or a single process"
+        )
     if expected_weight is not None and check_weight(expected_weight, "expected_weight") == 0:
         raise ValueError("expected_weight must be positive, got 0; use None if it is not known")
     rules = ObservationRules(observation_rules)
-    return _Block(optimizer, options, expected_weight, rules)
+    return _Block(optimizer, options, expected_weight, rules, update)
 
 
 class _Block:
@@ -96,11 +118,13 @@ class _Block:
         options: WindowOptions,
         expected_weight: Optional[float],
         rules: ObservationRules,
+        updates: bool,
     ) -> None:
         self._begin_window = functools.partial(
             window_class(optimizer, options), optimizer, options, expected_weight=expected_weight
         )
         self._rules = rules
+        self._updates = updates
         self._is_entered = False
 
     def __enter__(self) -> Window:
@@ -109,7 +133,7 @@ class _Block:
         self._is_entered = True
         self._observations = Observations(self._rules)
         self._window = self._begin_window(on_added=self._merge_reports, on_reported=self._observations.add)
-        self._last_weight = 1.0
+        self._last_weight: ReportWeight = 1.0
         self._scope = contextlib.ExitStack()
         self._reported: Dict[str, Reported] = self._scope.enter_context(self._observations.collecting())
         return self._window
@@ -130,9 +154,13 @@ class _Block:
             self._merge_reports(self._last_weight, True)  # what was reported after the last pass
             of_passes, of_update = self._observations.merged(), Observations()  # a rule may raise, but not later
             with DeferredSignals():  # so that the reports agree with the step
-                if window.num_micro_batches > 0 or window.is_shared:
+                if not self._updates:
+                    window.give_gradients()
+                elif window.num_micro_batches > 0 or window.is_shared:
                     window.update()
-                    chainer.report(window.observation)
+                if window.is_skipped:
+                    of_passes = {}
+                chainer.report(window.observation)
                 of_update.add(self._reported, 1.0)
                 self._scope.close()
                 chainer.report({**of_passes, **of_update.merged()})
@@ -143,7 +171,7 @@ class _Block:
             self._scope.close()
             self._is_entered = False
 
-    def _merge_reports(self, weight: float, is_counted: bool) -> None:
+    def _merge_reports(self, weight: ReportWeight, is_counted: bool) -> None:
         """Merges what was reported since the last call, or discards it if it does not count."""
         self._last_weight = weight
         if is_counted:

@@ -19,6 +19,7 @@ from chainer.dataset import concat_examples
 
 from chainer_accum._arguments import call, check_callable
 from chainer_accum._devices import DeviceSpec
+from chainer_accum._late_weights import is_late
 from chainer_accum._window_updater import Passes
 from chainer_accum.batches import (
     Arguments,
@@ -41,6 +42,7 @@ from chainer_accum.window import (
     by_name,
     communicator_of,
     copies_of,
+    total_loss,
 )
 
 
@@ -130,6 +132,11 @@ class CachedGradientUpdater(AccumulatingUpdater):
         check_callable("loss_func", loss_func, "pass a function of what the encoder returns")
         if encoder is not None:
             check_callable("encoder", encoder, "pass a function of the converted examples, or None for the model")
+        if is_late(weight_func):
+            raise ValueError(
+                "weight_func must be a function of the examples alone, got one that takes no argument or refers to a "
+                f"model, {weight_func!r}: it weights what the encoder reports; count examples, tokens or labels"
+            )
         super().__init__(
             iterator,
             optimizer,
@@ -185,7 +192,8 @@ class CachedGradientUpdater(AccumulatingUpdater):
         representations = Representations(encoded)
         del encoded  # now concatenated in representations
         with of_loss.collecting() as observation:
-            window.add(representations.compare, functools.partial(call, "the loss function", self.loss_func))
+            loss_func = functools.partial(total_loss, call, "the loss function", self.loss_func)
+            window.add(representations.compare, loss_func)
         of_loss.add(observation, 1.0)
         after = before.checkpoint()
         before.restore()

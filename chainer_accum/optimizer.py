@@ -13,18 +13,32 @@ import chainer
 
 from chainer_accum._arguments import check_callable, check_instance, check_int, check_set_up, check_weight
 from chainer_accum.state import serialize_mixed_precision
-from chainer_accum.window import Window, WindowOptions, is_taken, keep_for_others, mark_as_taken, window_class
+from chainer_accum.window import (
+    SkipUpdate,
+    Window,
+    WindowOptions,
+    is_taken,
+    keep_for_others,
+    mark_as_taken,
+    window_class,
+)
 
 
 def create_accumulating_optimizer(
-    optimizer: chainer.Optimizer, accumulation_steps: int, *, loss_reduction: str = "mean", nonfinite: str = "keep"
+    optimizer: chainer.Optimizer,
+    accumulation_steps: int,
+    *,
+    loss_reduction: str = "mean",
+    nonfinite: str = "keep",
+    skip_update: Optional[SkipUpdate] = None,
 ) -> _AccumulatingOptimizer:
     """Returns an optimizer that updates the parameters once every ``accumulation_steps`` calls of ``update``.
 
     Each call adds one micro-batch: either ``optimizer.update(lossfun, *args)``, or ``optimizer.update()`` after your
     own backward pass. To weight micro-batches, call ``optimizer.update_weighted(len(x), lossfun, x, t)`` or
-    ``optimizer.update_weighted(len(x))``. ``optimizer.flush()`` updates with the micro-batches added so far, for
-    example at the end of the data.
+    ``optimizer.update_weighted(len(x))``. A loss function may also return its weight, or several losses with weights of
+    their own, as for :func:`~chainer_accum.accumulate`. ``optimizer.flush()`` updates with the micro-batches added so
+    far, for example at the end of the data.
 
     The gradients of your own backward pass stay in the parameters, so that several optimizers can take them. You may
     clear them before the next pass or not; the result is the same.
@@ -46,6 +60,8 @@ def create_accumulating_optimizer(
         loss_reduction (str): ``'mean'`` or ``'sum'``: whether each loss is a mean or a sum over its examples.
         nonfinite (str): What to do with a micro-batch whose loss or gradient is not finite: ``'keep'``, ``'skip'`` or
             ``'raise'``, as for :func:`~chainer_accum.accumulate`. A skipped micro-batch still counts as a call.
+        skip_update (callable): Function of the window that says whether there is no update, as for
+            :func:`~chainer_accum.accumulate`. What the calls have reported stays reported.
 
     Returns:
         The accumulating optimizer.
@@ -62,7 +78,9 @@ def create_accumulating_optimizer(
             "pass the optimizer to be wrapped, such as chainer.optimizers.Adam()"
         )
     steps = check_int("accumulation_steps", accumulation_steps, 1, "use 1 to disable accumulation")
-    return _AccumulatingOptimizer(optimizer, steps, WindowOptions(loss_reduction, nonfinite).checked())
+    options = WindowOptions(loss_reduction, nonfinite, skip_update=skip_update).checked()
+    window_class(optimizer, options)  # raises if the optimizer does not fit
+    return _AccumulatingOptimizer(optimizer, steps, options)
 
 
 def check_not_accumulating(name: str, optimizer: object, where: str) -> None:

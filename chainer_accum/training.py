@@ -17,6 +17,7 @@ from chainer_accum.batches import Steps
 from chainer_accum.extensions.accumulate import Accumulate
 from chainer_accum.observations import Reported
 from chainer_accum.updater import AccumulatingUpdater
+from chainer_accum.window import total_loss
 
 
 def train_model(
@@ -186,8 +187,7 @@ def _undo_setup(optimizer: Any) -> None:
 
 
 def _report_loss(loss_func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Returns what the loss function returns, and reports it if it is a loss and nothing else."""
-    loss = loss_func(*args, **kwargs)
-    if isinstance(loss, chainer.Variable):
-        chainer.report({"loss": loss})
-    return loss
+    """Returns what the loss function returns, and reports the loss, or the sum of the losses."""
+    returned = loss_func(*args, **kwargs)
+    chainer.report({"loss": total_loss(lambda: returned)})
+    return returned

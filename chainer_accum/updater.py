@@ -31,7 +31,7 @@ from chainer_accum.batches import (
 from chainer_accum.lockstep import StoreSpec, make_lockstep_policy
 from chainer_accum.observations import ObservationRules, Rule
 from chainer_accum.optimizer import check_not_accumulating
-from chainer_accum.window import WindowOptions, communicator_of, links_communicate, window_class
+from chainer_accum.window import SkipUpdate, WindowOptions, communicator_of, links_communicate, window_class
 
 
 class AccumulatingUpdater(WindowUpdater):
@@ -62,7 +62,9 @@ class AccumulatingUpdater(WindowUpdater):
         optimizer: Optimizer that has been set up with the model, or a dictionary that maps strings to optimizers.
         converter: Converter function, called with the examples of each micro-batch.
         device (device specifier): Device to which the model is sent. If ``None``, the model stays where it is.
-        loss_func: Loss function. The target link of the main optimizer is used by default.
+        loss_func: Loss function. The target link of the main optimizer is used by default. It returns the loss; or a
+            pair ``(loss, weight)``, if what the loss is divided by is known only in the forward pass; or a list of such
+            pairs, if the loss is a sum of means with different divisors, each of which is then a mean over the window.
         loss_scale (float): Loss scaling factor.
         auto_new_epoch (bool): As in ``StandardUpdater``, but for each epoch that ended within the effective batch.
         input_device (device specifier): Device to which the training data is sent. By default, ``device``.
@@ -79,7 +81,8 @@ class AccumulatingUpdater(WindowUpdater):
         weight_func (callable): Function that takes the examples of a micro-batch, as the iterator returned them, and
             returns the weight of the micro-batch, a number of 0 or more. The right weight is what the loss is divided
             by: for a mean over tokens or valid labels, their number. By default, the number of examples. A weight of 0
-            skips the backward pass; if all weights are 0, the gradient is zero.
+            skips the backward pass; if all weights are 0, the gradient is zero. It is called with the examples before
+            the pass; if it takes no argument or refers to a model, it is called after the forward pass.
         loss_reduction (str): Whether the loss is a ``'mean'`` or a ``'sum'`` over its examples. With ``'sum'``, weights
             affect observations only, which are still means: give a reported loss the rule ``'sum'`` in
             ``observation_rules``.
@@ -110,6 +113,9 @@ class AccumulatingUpdater(WindowUpdater):
             normalization, dropout and the state of layers are exactly those of the whole batch: ``'memory'``,
             ``'host'``, ``'file'`` or the path of a folder, where to keep what is needed in between. If ``None``, each
             micro-batch passes through the model by itself.
+        skip_update (callable): Function of the window that is called before the optimizer updates. If it returns
+            ``True``, there is no update, as for :func:`~chainer_accum.accumulate`. The examples are used up, and the
+            update counts as an iteration. ``skipped_updates`` is reported, which is 0 or 1.
 
     Attributes:
         accumulation_steps (int): Number of iterator batches in the last update. Before the first update, the number for
@@ -159,6 +165,7 @@ class AccumulatingUpdater(WindowUpdater):
         nonfinite: str = "keep",
         running_statistics: str = "micro_batch",
         lockstep: StoreSpec = None,
+        skip_update: Optional[SkipUpdate] = None,
         memory_limit: MemoryLimit = None,
     ) -> None:
         iterators = iterator if isinstance(iterator, dict) else {"main": iterator}
@@ -181,9 +188,7 @@ class AccumulatingUpdater(WindowUpdater):
         communicator = communicator_of(optimizers["main"])
         num_ranks = 1 if communicator is None else communicator.size
         schedule = make_schedule(accumulation_steps, effective_batch_size, iterators["main"], num_ranks)
-        size = make_micro_batch_size(micro_batch_size, memory_limit)
-        if split_when_out_of_memory is not None:
-            check_bool("split_when_out_of_memory", split_when_out_of_memory, "use None for the default")
+        size = make_micro_batch_size(micro_batch_size, memory_limit, split_when_out_of_memory)
         check_bool("auto_new_epoch", auto_new_epoch, "use False to call optimizer.new_epoch() yourself")
         check_bool("prefetch", prefetch, "use True to convert the next micro-batch in a thread")
         if prefetch and isinstance(converter, ConcatWithAsyncTransfer):
@@ -197,16 +202,11 @@ class AccumulatingUpdater(WindowUpdater):
                 "converter must not be ConcatWithAsyncTransfer with lockstep, got both; it would overwrite a buffer of "
                 "a micro-batch that waits; use concat_examples"
             )
-        options = WindowOptions(loss_reduction, nonfinite, running_statistics, policy).checked()
+        options = WindowOptions(loss_reduction, nonfinite, running_statistics, policy, skip_update).checked()
         check_choice("epoch_boundary", epoch_boundary, EPOCH_BOUNDARIES)
         rules = ObservationRules(observation_rules)
         check_loss_scale(loss_scale)
         window_class(optimizers["main"], options)  # raises if the optimizer does not fit
-        if size.is_tuned and split_when_out_of_memory is False:
-            raise ValueError(
-                "split_when_out_of_memory must not be False with micro_batch_size='auto', got False; the search tries "
-                "sizes that do not fit in memory, so leave it out"
-            )
         if not size.cuts_evenly and links_communicate(optimizers["main"]):
             raise ValueError(
                 "micro_batch_size must be a number or None if links of the model communicate, got "
@@ -228,7 +228,6 @@ class AccumulatingUpdater(WindowUpdater):
             weight_func=weight_func,
             epoch_boundary=epoch_boundary,
             prefetch=prefetch,
-            split_when_out_of_memory=split_when_out_of_memory,
         )
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -288,5 +287,6 @@ _SET_ONCE = frozenset(
     [
         *("micro_batch_size", "epoch_boundary", "observation_rules", "prefetch", "split_when_out_of_memory"),
         *("nonfinite", "running_statistics", "loss_reduction", "lockstep", "effective_batch_size", "memory_limit"),
+        "skip_update",
     ]
 )

@@ -13,7 +13,7 @@ from chainer.optimizers import SGD
 from chainer.training import Trainer, extensions
 from chainer.training.updaters import StandardUpdater
 
-from helpers import assert_same_parameters, make_dataset, make_model, make_updater, serial
+from helpers import assert_same_optimizer_state, assert_same_parameters, make_dataset, make_model, make_updater, serial
 
 x, t = chainer.dataset.concat_examples(make_dataset(24))
 
@@ -315,3 +315,98 @@ def test_gradients_of_another_model_are_those_of_the_whole_batch():
         grads.append((body.W.grad, body.b.grad))
     for actual, expected in zip(*reversed(grads)):
         numpy.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+# Blocks that leave the update to the caller.
+
+
+@pytest.mark.parametrize("lockstep", [None, "memory"])
+@pytest.mark.parametrize("scale", [None, 256.0])
+def test_a_block_without_update_leaves_the_gradient_of_the_whole_batch(lockstep, scale):
+    actual, expected = set_up(), set_up()
+    for optimizer in (actual, expected):
+        optimizer.update(optimizer.target, x, t)
+        if scale is not None:
+            optimizer.loss_scaling(scale=scale)
+    before = actual.target.copy(mode="copy")
+    with accumulate(actual, update=False, lockstep=lockstep) as window:
+        for part in PARTS:
+            window.add(actual.target, x[part], t[part], weight=part.stop - part.start)
+    assert actual.t == 1 and window.is_done
+    assert_same_parameters(actual.target, before, 0)
+    expected.target.cleargrads()
+    expected.target(x, t).backward(loss_scale=scale)
+    for param, other in zip(actual.target.params(), expected.target.params()):
+        numpy.testing.assert_allclose(param.grad, other.grad, rtol=1e-4, atol=1e-6)
+    norm = sum(float((param.grad**2).sum()) for param in actual.target.params()) ** 0.5 / (scale or 1)
+    assert float(window.gradient_norm) == pytest.approx(norm, rel=1e-5)
+    for optimizer in (actual, expected):
+        optimizer.update()
+    assert_same_parameters(actual.target, expected.target)
+    assert_same_optimizer_state(actual, expected)
+
+
+def test_a_block_without_update_reports_and_moves_running_averages():
+    observations, models = [], []
+    for update in (True, False):
+        model = L.Classifier(chainer.Sequential(L.BatchNormalization(5), L.Linear(5, 3, initialW=numpy.ones((3, 5)))))
+        optimizer, observation = SGD(0.1).setup(model), {}
+        with chainer.Reporter().scope(observation):
+            chainer.get_current_reporter().add_observer("main", model)
+            with accumulate(optimizer, update=update, running_statistics="update") as window:
+                for part in PARTS:
+                    window.add(model, x[part], t[part], weight=part.stop - part.start)
+        if not update:
+            optimizer.update()
+        observations.append({key: float(value.array) for key, value in observation.items()})
+        models.append(model)
+    assert observations[0] == observations[1] and "main/loss" in observations[0]
+    assert_same_parameters(*models)
+    numpy.testing.assert_array_equal(models[0].predictor[0].avg_mean, models[1].predictor[0].avg_mean)
+
+
+def test_the_gradients_of_two_tasks_can_be_combined_before_the_update():
+    """As for PCGrad, which projects each on the normal plane of the other."""
+    actual, expected = set_up(), set_up()
+    tasks = (lambda model: model, lambda model: lambda x, t: F.mean(model.predictor(x) ** 2))
+    for optimizer in (actual, expected):
+        grads = []
+        for make_loss in tasks:
+            loss_func = make_loss(optimizer.target)
+            if optimizer is actual:
+                with accumulate(actual, update=False) as window:
+                    for part in PARTS:
+                        window.add(loss_func, x[part], t[part], weight=part.stop - part.start)
+            else:
+                loss = loss_func(x, t)
+                expected.target.cleargrads()
+                loss.backward()
+            grads.append([param.grad.copy() for param in optimizer.target.params()])
+        product = sum(float((a * b).sum()) for a, b in zip(*grads))
+        square = sum(float((b * b).sum()) for b in grads[1])
+        for param, a, b in zip(optimizer.target.params(), *grads):
+            param.grad = a + b - min(product, 0.1) / square * b
+        optimizer.update()
+    assert actual.t == 1
+    assert_same_parameters(actual.target, expected.target, 1e-5)
+    assert_same_optimizer_state(actual, expected, 1e-5)
+
+
+def test_a_block_without_update_and_without_loss_clears_the_gradients():
+    optimizer = set_up()
+    optimizer.update(optimizer.target, x, t)
+    with accumulate(optimizer, update=False) as window:
+        pass
+    assert window.loss is None
+    assert all(param.grad is None for param in optimizer.target.params())
+
+
+def test_a_block_without_update_that_raises_undoes_its_passes():
+    model = L.Classifier(chainer.Sequential(L.BatchNormalization(5), L.Linear(5, 3)))
+    optimizer = SGD(0.1).setup(model)
+    before = model.copy(mode="copy")
+    with pytest.raises(ZeroDivisionError), accumulate(optimizer, update=False) as window:
+        window.add(model, x, t)
+        raise ZeroDivisionError
+    assert_same_parameters(model, before, 0)
+    numpy.testing.assert_array_equal(model.predictor[0].avg_mean, before.predictor[0].avg_mean)

@@ -194,11 +194,9 @@ def test_an_optimizer_can_be_set_up_again_after_an_error(steps, options):
     assert optimizer.target is not None
 
 
-def test_only_a_loss_and_nothing_else_is_reported_as_loss():
+def test_the_sum_of_several_losses_is_reported_as_loss():
     loss, observation = chainer.Variable(numpy.ones((), "f")), {}
     with chainer.Reporter().scope(observation):
-        for value in ((loss, 2.0), [(loss, 2.0), (loss, 1.0)]):
+        for value, expected in ((loss, 1), ((loss, 2.0), 1), ([(loss, 2.0), (loss, 1.0), (loss, 0.0)], 2)):
             assert _report_loss(lambda value: value, value) is value
-            assert observation == {}
-        assert _report_loss(lambda: loss) is loss
-    assert observation.keys() == {"loss"}
+            assert float(observation.pop("loss").array) == expected

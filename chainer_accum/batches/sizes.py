@@ -65,6 +65,7 @@ class MicroBatchSize:
         limit (int): The largest cost of a micro-batch, or ``None`` for no limit.
         unit (Unit): What the limit counts.
         across_window (bool): Whether all batches of a window are cut together.
+        splits (bool): Whether a window restarts when memory runs out, or ``None`` for the default.
 
     Attributes:
         arrange (callable): See the argument.
@@ -81,11 +82,13 @@ class MicroBatchSize:
         limit: Optional[int] = None,
         unit: Unit = EXAMPLES,
         across_window: bool = False,
+        splits: Optional[bool] = None,
     ) -> None:
         self.arrange = arrange
         self._limit = limit
         self._unit = unit
         self.across_window = across_window
+        self._splits = splits
         self._num_tokens = self._num_positions = 0
 
     @property
@@ -102,6 +105,13 @@ class MicroBatchSize:
     def cuts_evenly(self) -> bool:
         """Whether batches of the same size are cut into the same number of micro-batches, on any rank."""
         return self.arrange is Counted and not self.is_tuned
+
+    def keeps_examples(self, is_one_batch: bool) -> bool:
+        """Returns whether a window keeps its examples, to restart when memory runs out."""
+        if self._splits is not None:
+            return self._splits
+        # A search tries sizes that may not fit. A single batch is in memory as a whole anyway.
+        return self.is_tuned or self.across_window or (is_one_batch and not self.leaves_whole)
 
     @property
     def timings(self) -> Dict[int, float]:

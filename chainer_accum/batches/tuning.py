@@ -15,7 +15,7 @@ from typing import Any, Dict, Hashable, Iterator, Optional, Tuple
 
 import chainer
 
-from chainer_accum._arguments import check_int
+from chainer_accum._arguments import check_bool, check_int
 from chainer_accum._devices import free_memory, synchronize
 from chainer_accum.batches.cutting import Grouped, Load, Measured
 from chainer_accum.batches.memory import Memory, MemoryLimit, make_share, memory_of
@@ -136,18 +136,27 @@ class TunedMicroBatchSize(MicroBatchSize):
         self._last_kind = kind
 
 
-def make_micro_batch_size(micro_batch_size: Limit, memory_limit: MemoryLimit = None) -> MicroBatchSize:
+def make_micro_batch_size(
+    micro_batch_size: Limit, memory_limit: MemoryLimit = None, split_when_out_of_memory: Optional[bool] = None
+) -> MicroBatchSize:
     """Returns what limits a pass, for the arguments of an updater."""
     is_auto, kwargs = _arguments(micro_batch_size)
+    if split_when_out_of_memory is not None:
+        check_bool("split_when_out_of_memory", split_when_out_of_memory, "use None for the default")
     if is_auto:
+        if split_when_out_of_memory is False:
+            raise ValueError(
+                "split_when_out_of_memory must not be False with micro_batch_size='auto', got False; a size that is "
+                "tried may not fit in memory, so leave it out"
+            )
         return TunedMicroBatchSize(memory_limit, **kwargs)
     if memory_limit is not None:
-        make_share(memory_limit)
+        make_share(memory_limit)  # raises if it is not one
         raise ValueError(
             f"memory_limit must be None unless the size of micro-batches is searched for, got {memory_limit!r}; set "
             "micro_batch_size='auto' or TokenBudget('auto', ...)"
         )
-    return MicroBatchSize(**kwargs)
+    return MicroBatchSize(**kwargs, splits=split_when_out_of_memory)
 
 
 def _arguments(micro_batch_size: Limit) -> Tuple[bool, Dict[str, Any]]:

@@ -8,6 +8,7 @@ import chainer
 import numpy
 
 from chainer_accum._arguments import check_weight
+from chainer_accum._late_weights import LateWeights, is_late
 from chainer_accum.diagnostics.comparison import TOLERANCES, check_usable, compare, largest_scales
 from chainer_accum.diagnostics.trials import Gradient, Settings, Trials
 
@@ -69,8 +70,9 @@ _COMPARISON = Cause(
     "comparison",
     "No weights make the gradients of the micro-batches add up to that of the batch: something is computed over all "
     "examples of the batch, such as a loss that compares examples with one another.",
-    "Use CachedGradientUpdater for a loss that compares what an encoder returns, an optimizer hook for regularization, "
-    "or a loss to which each example contributes independently.",
+    "Use CachedGradientUpdater for a loss that compares what an encoder returns, pairs (loss, weight) for a sum of "
+    "means with different divisors, an optimizer hook for regularization, or a loss to which each example "
+    "contributes independently.",
 )
 
 AGREEABLE = {_FLOAT16, _STATE, _RANDOMNESS, _BATCH_NORMALIZATION}  # without these, the steps may agree
@@ -208,7 +210,7 @@ def _neither_mean_nor_sum(factors: numpy.ndarray) -> Cause:
 def _wrong_weights(settings: Settings, parts: Sequence[Sequence[Any]], factors: numpy.ndarray) -> Cause:
     counts = [len(part) for part in parts]
     instead = ""
-    if settings.weight_func:
+    if settings.weight_func and not is_late(settings.weight_func):
         instead = f", not like {listed(f'{weight:g}' for weight in _weights(settings, parts))}"
     return Cause(
         "normalizer",
@@ -234,7 +236,7 @@ def _factors(settings: Settings, parts: Sequence[Sequence[Any]]) -> numpy.ndarra
 
 
 def _weights(settings: Settings, parts: Sequence[Sequence[Any]]) -> List[float]:
-    weight_func = settings.weight_func or len
+    weight_func = LateWeights().early(settings.weight_func) or len
     return [check_weight(weight_func(part), "the value of weight_func") for part in parts]
 
 

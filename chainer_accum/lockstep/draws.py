@@ -43,6 +43,7 @@ class Draws:
             second some time for each function.
         may_begin (bool): Whether a function may draw at once before the first meeting: nothing else draws meanwhile,
             such as a converter.
+        may_initialize (bool): Whether the first pass may initialize parameters, which the others find initialized.
 
     Attributes:
         is_careful (bool): See the argument.
@@ -55,8 +56,9 @@ class Draws:
     _after: Optional[State]  # where the current pass was after drawing in a function
     _last: Optional[State]  # where the current pass was when it was last looked at
 
-    def __init__(self, is_careful: bool, may_begin: bool) -> None:
+    def __init__(self, is_careful: bool, may_begin: bool, may_initialize: bool = True) -> None:
         self.is_careful = is_careful
+        self._may_initialize = may_initialize
         self._may_take_turns = may_begin and not is_careful
         self._end: Optional[State] = None  # where the last pass stopped
         self._reset()
@@ -165,8 +167,8 @@ class Draws:
         self.look(num_examples)
         if first is None:
             self._outside, self._num_examples = state, num_examples
-        # The first pass may have initialized parameters, which the others find initialized.
-        if state.is_same(start) or (first is None and not self._was_interrupted):
+        has_drawn = not state.is_same(start)
+        if (first is None and not self._was_interrupted) or not (has_drawn or self._outside_must_be_drawn(start)):
             return
         if first is None or not state.is_same(first):
             raise RuntimeError(_OUTSIDE.format(what="different ones, or a different number of them"))
@@ -176,6 +178,10 @@ class Draws:
             self._may_differ = self._may_differ or self._has_many
         else:
             self._may_differ = self._may_differ or _may_be_one_each(words_between(start, state), num_examples)
+
+    def _outside_must_be_drawn(self, start: State) -> bool:
+        """Returns whether a pass must have drawn outside of functions, because the first has, and not to initialize."""
+        return not (self._may_initialize or self._outside is None or self._outside.is_same(start))
 
 
 def _may_be_one_each(words: Optional[int], num_examples: Optional[int]) -> bool:

@@ -14,6 +14,7 @@ from chainer_accum.lockstep.batch_normalization import NormalizationVisit
 from chainer_accum.lockstep.coroutine import Coroutine
 from chainer_accum.lockstep.crossing import Gate
 from chainer_accum.lockstep.draws import Draws
+from chainer_accum.lockstep.gathering import GatherVisit
 from chainer_accum.lockstep.generators import go_to, now
 from chainer_accum.lockstep.kinds import axis_of_function, check_exact, looks_at_batch
 from chainer_accum.lockstep.link_states import LinkStates, Rows, rows_of
@@ -128,6 +129,12 @@ class Pass:
         self.meet(visit)
         outputs = visit.take_outputs(self._tape)
         return tuple(outputs) if visit.is_tuple else outputs[0]
+
+    def gather(self, name: str, value: Any) -> Sequence[Any]:
+        """Hands in a value, and returns those of all micro-batches when they have done so."""
+        visit = GatherVisit(name, value)
+        self.meet(visit)
+        return visit.gathered
 
     def call_link(self, args: Any) -> None:
         """Called before a link is called.

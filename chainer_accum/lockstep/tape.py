@@ -160,7 +160,8 @@ class Tape:
         if self._store.takes_away:
             for node in self._crossings:
                 variable = node.get_variable_or_none()
-                if variable is not None:
+                # A scalar takes no room, and reports of losses are recognized by their arrays.
+                if variable is not None and variable.array is not None and variable.array.size > 1:
                     variable.array = None
 
     def bring_back(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from typing import Any, ContextManager, Dict, Iterator, Mapping, Optional, Union
+from typing import Any, Callable, ContextManager, Dict, Iterator, Mapping, Optional, Union
 
 import chainer
 
@@ -37,23 +37,24 @@ class Observations:
             value.drop_graph()
         return reporting_to({})
 
-    def add(self, observation: Mapping[str, Reported], weight: Number) -> None:
+    def add(self, observation: Mapping[str, Reported], weight: Union[Number, Callable[[Reported], Number]]) -> None:
         """Adds what one micro-batch reported.
 
         Args:
             observation (dict): What was reported.
-            weight: Weight of the micro-batch in the means of values that have no weight of their own.
+            weight: Weight of the micro-batch in the means of values that have no weight of their own, or a function
+                that returns it for a reported value.
 
         Raises:
             TypeError: If a value to be added is neither a number nor an array of numbers.
             ValueError: If arrays to be added differ in shape.
 
         """
-        weight = as_number(weight)
+        common = None if callable(weight) else as_number(weight)
         for key, reported in observation.items():
             if key not in self._values:
                 self._values[key] = _begin(key, self._rules.get(key))
-            self._values[key].add(reported, weight)
+            self._values[key].add(reported, weight(reported) if callable(weight) else common)
 
     def merged(self) -> Dict[str, Reported]:
         """Returns the observation of the window.

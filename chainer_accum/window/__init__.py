@@ -12,15 +12,18 @@ from chainer_accum.window.distributed import (
     window_class,
 )
 from chainer_accum.window.gradient_norms import GradientNorms
-from chainer_accum.window.options import WindowOptions
+from chainer_accum.window.options import SkipUpdate, WindowOptions
 from chainer_accum.window.representations import Representations, by_name, copies_of
 from chainer_accum.window.taken_gradients import is_taken, keep_for_others, mark_as_taken
+from chainer_accum.window.terms import ReportWeight, total_loss
 from chainer_accum.window.weighting import Weights
 from chainer_accum.window.window import Window
 
 __all__ = [
     "GradientNorms",
+    "ReportWeight",
     "Representations",
+    "SkipUpdate",
     "Weights",
     "Window",
     "WindowOptions",
@@ -33,5 +36,6 @@ __all__ = [
     "links_communicate",
     "mark_as_taken",
     "join_update",
+    "total_loss",
     "window_class",
 ]

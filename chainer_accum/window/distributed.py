@@ -2,8 +2,9 @@
 
 ChainerMN's optimizer averages the gradients of the ranks. The average equals the gradient over all examples only if
 every rank has the same number of them. So each rank scales its sums by the weight of all ranks, and ChainerMN's mean
-then equals the gradient that one process would compute from all examples. For this, the ranks add up one number per
-window.
+then equals the gradient that one process would compute from all examples. For this, the ranks add up two numbers per
+window: their weights, and how many more pairs of a loss and a weight their loss functions return than one. Only if
+there are more, the weights of each of these terms follow.
 
 When ChainerMN's optimizer meets new parameters, it broadcasts those of the first rank and drops the gradients. So a
 window does this itself, before its first pass. If parameters are initialized in a pass, the window broadcasts them
@@ -18,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Type
 
 import chainer
 import numpy
@@ -27,6 +28,8 @@ from chainer_accum._devices import device_of
 from chainer_accum.observations import reporting_to
 from chainer_accum.window.lockstep_window import LockstepWindow
 from chainer_accum.window.options import DEFAULTS, WindowOptions
+from chainer_accum.window.shared_parameters import share_parameters
+from chainer_accum.window.terms import Weight, kind_of
 from chainer_accum.window.window import Window
 
 if TYPE_CHECKING:
@@ -56,11 +59,16 @@ def window_class(optimizer: chainer.Optimizer, options: WindowOptions = DEFAULTS
     """Returns the class of the windows that an optimizer and its options need.
 
     Raises:
-        ValueError: If passes are to run in lockstep and the optimizer is a multi-node one.
+        ValueError: If the optimizer is a multi-node one, and passes are to run in lockstep or updates to be skipped.
 
     """
     if communicator_of(optimizer) is None:
         return Window if options.lockstep is None else LockstepWindow
+    if options.skip_update is not None:
+        raise ValueError(
+            "skip_update must be None with a multi-node optimizer, got one with a communicator: each rank would decide "
+            "by its own gradient; use a hook of the optimizer, such as GradientClipping, or a single process"
+        )
     if options.lockstep is not None:
         raise ValueError(
             "lockstep must be None with a multi-node optimizer, got one with a communicator: each rank would see the "
@@ -123,7 +131,7 @@ class MultiNodeWindow(Window):
     _has_begun = False
     _uninitialized: Sequence[chainer.Parameter] = ()
     _passes: Sequence[Callable[[], bool]] = ()  # that may have to be repeated
-    _global_weight = 0.0
+    _global_weights: Sequence[float] = (0.0,)  # of each term of the losses
 
     @property
     def _communicator(self) -> CommunicatorBase:
@@ -138,7 +146,7 @@ class MultiNodeWindow(Window):
         # Other ranks may be in the same pass, or wait for the parameters that were initialized in it.
         return not self._is_in_lockstep and not self._uninitialized
 
-    def add(self, lossfun: Callable[..., chainer.Variable], *args: Any, weight: float = 1, **kwargs: Any) -> bool:
+    def add(self, lossfun: Callable[..., Any], *args: Any, weight: Weight = 1, **kwargs: Any) -> bool:
         """Runs one forward and one backward pass. See :meth:`Window.add`.
 
         Raises:
@@ -169,7 +177,7 @@ class MultiNodeWindow(Window):
 
         """
         self.check_open()
-        self._has_taken_gradients = True
+        self._gradients.are_taken = True
         self._share_parameters_at_first()
         return super().add_gradients(weight)
 
@@ -181,38 +189,57 @@ class MultiNodeWindow(Window):
             self._agree_on_pass(False)
         if self._uninitialized:
             self._share_new_parameters()
-        self._global_weight = self._sum_over_ranks(self.weights.total)
-        if not math.isfinite(self._global_weight):
+        self._global_weights = self._sum_weights()
+        if not all(map(math.isfinite, self._global_weights)):
             self.is_open = False
             raise ValueError(
-                f"the weights of all ranks must have a finite sum, got {self._global_weight}; return smaller weights"
+                "the weights of all ranks must have a finite sum, got "
+                f"{', '.join(map(str, self._global_weights))}; return smaller weights"
             )
-        self.has_data = self._global_weight > 0 or self._sum_over_ranks(self.num_micro_batches) > 0
+        self.has_data = any(self._global_weights) or self._sum_over_ranks(self.num_micro_batches)[0] > 0
         if self.has_data:
             return super().update()
         self.is_open = False
         return False
 
+    def _sum_weights(self) -> Sequence[float]:
+        """Returns the sum of the weights of each term over all ranks."""
+        own = [weights.total for weights in self._gradients.term_weights]
+        first, num_others = self._sum_over_ranks(own[0], len(own) - 1)
+        if num_others == 0:
+            return [first]
+        num_pairs = self._communicator.bcast_obj(self._communicator.gather_obj(self._gradients.num_pairs))
+        different = sorted({number for number in num_pairs if number is not None})
+        if len(different) > 1:
+            self.is_open = False
+            raise TypeError(
+                "the loss function must return the same number of pairs (loss, weight) on all ranks, got "
+                f"{' and '.join(map(kind_of, different))}; return a weight of 0 for a loss that a micro-batch does not "
+                "have"
+            )
+        return self._sum_over_ranks(*own, *[0.0] * (different[0] - len(own)))
+
     def _give_gradients(self) -> None:
         ranks = float(self._communicator.size)  # ChainerMN divides the sum by this
-        weights = self.weights
-        if self._options.is_mean and weights:
-            part = ranks / self._global_weight
-            self._gradients.give(weights.divisor * part, weights.total * part)
+        if self._options.is_mean:
+            pairs = list(zip(self._gradients.term_weights, self._global_weights))
+            corrections = [weights.divisor * (ranks / total) if weights else 1.0 for weights, total in pairs]
+            shares = [weights.total * (ranks / total) if weights else ranks for weights, total in pairs]
+            self._gradients.give(corrections, shares[0])
         else:
-            self._gradients.give(1.0 if self._options.is_mean else ranks, ranks)
+            self._gradients.give([ranks] * len(self._gradients.term_weights), ranks)
         for param in self._optimizer.target.params(include_uninit=False):
             with device_of(param.array):
                 if param.grad is None:  # other ranks may have one, and all must send the same arrays
                     param.grad = param.xp.zeros(param.shape, param.dtype)
                 elif not param.grad.flags.c_contiguous:  # ChainerMN would average a copy
                     param.grad = param.xp.ascontiguousarray(param.grad)
-            if not self._has_taken_gradients:
+            if not self._gradients.are_taken:
                 param._loss_scale = self._gradients.loss_scale  # even if only other ranks ran backward passes
         self._optimizer.is_changed(self._optimizer.target)  # registers all parameters as known
 
     def _is_all_skipped(self) -> bool:
-        return self._global_weight == 0 and self._sum_over_ranks(self._has_skipped_weight) > 0
+        return not any(self._global_weights) and self._sum_over_ranks(self._checks.has_skipped_weight)[0] > 0
 
     def _share_parameters_at_first(self) -> None:
         """Gives all ranks the same parameters, if these are new to the optimizer."""
@@ -222,16 +249,18 @@ class MultiNodeWindow(Window):
         target = self._optimizer.target
         have_differed = self._optimizer.is_changed(target) and share_parameters(target, self._communicator)
         # In a resumed run, the window may have micro-batches already.
-        if have_differed and (self._has_taken_gradients or self.num_micro_batches > 0):
+        if have_differed and (self._gradients.are_taken or self.num_micro_batches > 0):
             self._refuse_gradients()
         self._uninitialized = [param for param in target.params() if param.array is None]
 
     def _share_new_parameters(self) -> None:
         """Gives all ranks the same new parameters, and repeats all passes if the ranks had different ones."""
         is_initialized = any(param.array is not None for param in self._uninitialized)
-        if not self._sum_over_ranks(is_initialized) or not share_parameters(self._optimizer.target, self._communicator):
+        if not self._sum_over_ranks(is_initialized)[0] or not share_parameters(
+            self._optimizer.target, self._communicator
+        ):
             return
-        if self._has_taken_gradients:
+        if self._gradients.are_taken:
             self._refuse_gradients()
         self._effects.undo_all()
         self._begin()
@@ -249,7 +278,7 @@ class MultiNodeWindow(Window):
 
     def _agree_on_pass(self, has_pass: bool) -> None:
         """Raises RuntimeError on every rank unless either all ranks or none have another pass."""
-        ranks = self._sum_over_ranks(has_pass)
+        (ranks,) = self._sum_over_ranks(has_pass)
         if ranks not in (0, self._communicator.size):
             self.is_open = False
             raise RuntimeError(
@@ -259,38 +288,9 @@ class MultiNodeWindow(Window):
                 "that do not communicate"
             )
 
-    def _sum_over_ranks(self, value: float) -> float:
-        return float(self._communicator.allreduce(numpy.array([value], numpy.float64))[0])
-
-
-def share_parameters(target: chainer.Link, communicator: CommunicatorBase) -> bool:
-    """Gives all ranks the same parameters. Each comes from the first rank that has initialized it.
-
-    Returns:
-        bool: Whether any rank had different values.
-
-    """
-    params: List[Tuple[str, chainer.Parameter]] = sorted(target.namedparams())
-    shapes = {name: param.shape for name, param in params if param.array is not None}
-    roots: Dict[str, Tuple[int, Tuple[int, ...]]] = {}
-    for rank, shapes_there in enumerate(communicator.bcast_obj(communicator.gather_obj(shapes))):
-        for name, shape in shapes_there.items():
-            roots.setdefault(name, (rank, shape))
-    host = chainer.get_device("@numpy")
-    differs = False
-    for name, param in params:
-        if name not in roots:
-            continue
-        root, shape = roots[name]
-        own = None if param.array is None else host.send(param.array)
-        values = communicator.bcast_obj(own if communicator.rank == root else None, root=root)
-        if own is None:
-            param.initialize(shape)
-        elif not numpy.array_equal(own, values):
-            differs = True
-        with device_of(param.array):
-            param.array[...] = param.device.send(values)
-    return bool(communicator.allreduce_obj(int(differs)))
+    def _sum_over_ranks(self, *values: float) -> List[float]:
+        sums: List[float] = self._communicator.allreduce(numpy.array(values, numpy.float64)).tolist()
+        return sums
 
 
 def _communicates(link: chainer.Link) -> bool:

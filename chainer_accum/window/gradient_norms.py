@@ -42,6 +42,13 @@ class GradientNorms:
         self.window = _squared_norm(grads, scale)
 
 
+def norm_of(grads: Iterable[Array], scale: float) -> Array:
+    """Returns the norm of a gradient, which, times ``scale``, has the parts ``grads``, on their device."""
+    squared = _squared_norm(grads, scale)
+    with device_of(squared):
+        return squared**0.5
+
+
 def _squared_norm(arrays: Iterable[Array], scale: float) -> Array:
     """Returns the sum of the squares of all values, after dividing each by ``scale``."""
     total: Array = 0.0

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Container, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import chainer
 import numpy
@@ -97,12 +97,14 @@ class GradientSums:
             else:
                 self.add(param, total)
 
-    def multiply(self, factor: float) -> None:
-        """Multiplies all sums by a number."""
-        with numpy.errstate(over="ignore", under="ignore"):
-            for _, total in self._sums.values():
-                with device_of(total):
-                    total *= factor
+    def multiply(self, factor: float, only: Optional[Container[int]] = None, factor_of_others: float = 1.0) -> None:
+        """Multiplies the sums of the parameters with these ids, or of all, by a number, and others by another one."""
+        with numpy.errstate(over="ignore", under="ignore"):  # dynamic loss scaling finds an overflow later
+            for key, (_, total) in self._sums.items():
+                by = factor if only is None or key in only else factor_of_others
+                if by != 1:
+                    with device_of(total):
+                        total *= by
 
     def get(self, param: chainer.Parameter) -> Optional[Array]:
         """Returns the sum of the gradients of ``param``, or ``None`` if it has had none."""

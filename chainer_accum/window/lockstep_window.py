@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
-import types
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import chainer
-import numpy
 
-from chainer_accum._arguments import check_callable, check_weight
-from chainer_accum._devices import are_finite
-from chainer_accum.lockstep import Draws, Lockstep, LockstepPolicy, NeedsCare, Pass, checksum, run_alone
+from chainer_accum._arguments import check_callable
+from chainer_accum.lockstep import (
+    Draws,
+    Lockstep,
+    LockstepPolicy,
+    NeedsCare,
+    Pass,
+    current_pass,
+    run_alone,
+)
 from chainer_accum.observations import Reported, reporting_to
-from chainer_accum.state import RandomState, captured_by, links_behind
-from chainer_accum.window.losses import check_loss, describe
+from chainer_accum.state import RandomState, links_behind
+from chainer_accum.window.terms import Losses, ReportWeight, Weight, check_given_weight, evaluate, factors_of
+from chainer_accum.window.waiting_inputs import Inputs, check_inputs, count_rows, inputs_of
 from chainer_accum.window.window import Window
 
 _NOT_FINITE = (
@@ -27,9 +33,24 @@ class _Queued(NamedTuple):
     """A pass that has been added."""
 
     function: Callable[[], Any]
-    weight: float
+    weight: Union[float, Callable[[], Any]]
     num_examples: Optional[int]
-    inputs: Sequence[Tuple[Any, Optional[int]]] = ()
+    inputs: Inputs = ()
+
+
+class _Evaluated(NamedTuple):
+    """What a pass has computed.
+
+    Attributes:
+        losses (Losses): Its losses.
+        factors: The factor of each loss in the gradient of the window, or ``None`` if the weights give it.
+        report_weight: The weight of what it has reported.
+
+    """
+
+    losses: Losses
+    factors: Optional[Sequence[float]]
+    report_weight: ReportWeight
 
 
 class LockstepWindow(Window):
@@ -37,7 +58,8 @@ class LockstepWindow(Window):
 
     The passes run in :meth:`run_passes`, or at the latest in :meth:`update`, and what they report arrives then. If
     those of the last window with the same policy did not wait for one another, each runs at once, up to where it has
-    to.
+    to. Passes whose loss functions return weights, or are followed by a function that returns one, wait for one another
+    at their ends, where the factor of each loss becomes known.
 
     The arguments are those of :class:`Window`. The options must have a lockstep policy.
 
@@ -60,11 +82,12 @@ class LockstepWindow(Window):
         assert self._options.lockstep is not None
         self._policy: LockstepPolicy = self._options.lockstep
         self._runs_at_once = self._policy.meets is False
+        self._left = self._policy.left
         self._random_state: Optional[RandomState] = None  # before the passes
-        self._reports: List[Dict[str, Reported]] = []
+        self._reports: List[Tuple[Dict[str, Reported], ReportWeight]] = []
         self._lockstep: Optional[Lockstep] = None  # until a pass begins
 
-    def add(self, lossfun: Callable[..., chainer.Variable], *args: Any, weight: float = 1, **kwargs: Any) -> bool:
+    def add(self, lossfun: Callable[..., Any], *args: Any, weight: Weight = 1, **kwargs: Any) -> bool:
         """Adds a pass. See :meth:`Window.add`.
 
         Raises:
@@ -77,17 +100,17 @@ class LockstepWindow(Window):
                 "all micro-batches must be added before the passes run in lockstep, got one after they ran"
             )
         check_callable("lossfun", lossfun, "pass a function that returns the loss, or the model")
-        weight = check_weight(weight, "weight")
-        num_examples = _count([*args, *kwargs.values()]) if self.num_examples is None else self.num_examples
+        given = check_given_weight(weight)
+        num_examples = count_rows([*args, *kwargs.values()]) if self.num_examples is None else self.num_examples
         self.num_micro_batches += 1
         function = functools.partial(lossfun, *args, **kwargs)
-        queued = _Queued(function, weight, num_examples, _snapshot(function))
+        queued = _Queued(function, given, num_examples, inputs_of(function))
         self._queue = [*self._queue, queued]
         if self._runs_at_once:
             self.is_open = False  # until the pass waits or has been added
             self._lockstep = self._lockstep or self._begin_lockstep()
             try:
-                self._lockstep.start(queued.function, num_examples)
+                self._start(self._lockstep, queued)
             except NeedsCare:  # earlier passes cannot run again; the next window will take care
                 self._policy.draws_carefully, self._policy.meets = True, None
                 raise
@@ -95,8 +118,9 @@ class LockstepWindow(Window):
                 self._queue = [*self._queue[:-1], queued._replace(function=_done, inputs=())]  # frees its arguments
                 self._deliver()
             self.is_open = True
+        self.report_weight = 1.0 if callable(given) else given  # of what is reported before the passes run
         if self._on_added is not None:
-            self._on_added(weight, True)
+            self._on_added(self.report_weight, True)
         return True
 
     def add_gradients(self, weight: float = 1) -> bool:
@@ -112,7 +136,7 @@ class LockstepWindow(Window):
         self.is_open = False
         self._has_run = True
         for number, queued in enumerate(self._queue, 1):
-            self._check_inputs(number, queued)
+            check_inputs(number, queued.function, queued.inputs)
         if len(self._queue) == 1 and not self._runs_at_once:
             self._run_alone(self._queue[0])
         else:
@@ -122,24 +146,29 @@ class LockstepWindow(Window):
         self._end_lockstep()
         self.is_open = True
 
-    def update(self) -> bool:
-        self.check_open()
-        self.run_passes()
-        if self._checks_gradients() and self.weights and not self._gradients.are_finite():
-            self.is_open = False
-            raise FloatingPointError(_NOT_FINITE.format(what="the gradient of the window"))
-        return super().update()
-
     def abandon(self, undoes_all: bool = True) -> None:
         self._end_lockstep()
-        if self._lockstep is not None and not self.is_done and self._optimizer.t == self._updates:
-            self._lockstep.undo()
         super().abandon(undoes_all=True)
+
+    def _complete(self) -> bool:
+        self.run_passes()
+        if self._checks.look_at_gradients and self._gradients and not self._gradients.are_finite():
+            self.is_open = False
+            raise FloatingPointError(_NOT_FINITE.format(what="the gradient of the window"))
+        return super()._complete()
+
+    def _undo_all(self) -> None:
+        if self._lockstep is not None:
+            self._lockstep.undo()
+        self._policy.left = self._left
+        super()._undo_all()
 
     def _begin_lockstep(self) -> Lockstep:
         self._random_state = RandomState()
         is_new = any(not param.is_initialized for param in self._optimizer.target.params())
-        draws = Draws(is_new or self._policy.draws_carefully, may_begin=not self._runs_at_once)
+        is_first = is_new or self._policy.meets is None
+        is_careful = is_new or self._policy.draws_carefully
+        draws = Draws(is_careful, may_begin=not self._runs_at_once, may_initialize=is_first)
         return Lockstep(self._policy, self._all_links(), draws, self._end_of_pass)
 
     def _all_links(self) -> List[chainer.Link]:
@@ -149,19 +178,6 @@ class LockstepWindow(Window):
     def _end_lockstep(self) -> None:
         if self._lockstep is not None:
             self._lockstep.end()
-
-    def _check_inputs(self, number: int, queued: _Queued) -> None:
-        """Raises RuntimeError unless a pass that has waited still has the inputs that it was added with."""
-        if not queued.inputs:
-            return
-        assert isinstance(queued.function, functools.partial)
-        before, after = queued.inputs, _snapshot(queued.function)
-        if not all(value is other and known == new for (value, known), (other, new) in zip(before, after)):
-            raise RuntimeError(
-                "what window.add is given must stay as it is until the end of the block when passes run in lockstep, "
-                f"got a variable or an array that has changed since micro-batch {number} was added; pass new arrays as "
-                "arguments: window.add(model, x, t), or window.add(lambda x=x, t=t: model(x, t))"
-            )
 
     def _run_alone(self, queued: _Queued) -> None:
         """Runs a single pass, which is the whole batch, as other windows do."""
@@ -174,7 +190,7 @@ class LockstepWindow(Window):
                 run_alone(self._policy, self._all_links(), add, queued.num_examples)
         finally:
             self._on_added = on_added
-        self._reports = [reported]
+        self._reports = [(reported, self.report_weight)]
 
     def _run_together(self) -> None:
         try:
@@ -191,66 +207,55 @@ class LockstepWindow(Window):
         self._lockstep.end()
         self._lockstep.undo()
         self._random_state.restore()
+        self._policy.left = self._left
         self._begin()
         self.num_micro_batches = len(self._queue)
         self.is_open = False
 
     def _run(self) -> Lockstep:
         """Runs all passes, or completes those that have begun."""
-        self.weights.expect(sum(queued.weight for queued in self._queue))
+        self.weights.expect(sum(queued.weight for queued in self._queue if not callable(queued.weight)))
         lockstep = self._lockstep
         if lockstep is None:
             lockstep = self._lockstep = self._begin_lockstep()
             for queued in self._queue:
-                lockstep.start(queued.function, queued.num_examples)
+                self._start(lockstep, queued)
         lockstep.run(self._gradients.adding)
         return lockstep
 
+    def _start(self, lockstep: Lockstep, queued: _Queued) -> None:
+        lockstep.start(functools.partial(self._evaluate, queued.function, queued.weight), queued.num_examples)
+
+    def _evaluate(self, function: Callable[[], Any], weight: Union[float, Callable[[], Any]]) -> _Evaluated:
+        """Computes the losses of a pass, and waits for the others if their weights have not been known before."""
+        losses = evaluate(function, weight)
+        report_weight = losses.report_weight()  # it looks for the arrays of the losses, which may move while they wait
+        factors: Optional[Sequence[float]] = None
+        if losses.num_pairs > 0 or callable(weight):
+            factors = [1.0] * len(losses.weights)
+            current = current_pass()
+            if self._options.is_mean and current is not None:
+                factors = factors_of(losses, current.gather("the weight", losses.weights))
+        return _Evaluated(losses, factors, report_weight)
+
     def _end_of_pass(self, index: int, ended: Pass) -> None:
         """Runs the backward pass of a loss, up to where the pass last waited."""
-        check_loss(ended.loss)
-        if self._options.checks_values and self._queue[index].weight > 0 and not are_finite([ended.loss.array]):
-            what = f"the loss of micro-batch {index + 1} of the window, {describe(ended.loss)},"
-            raise FloatingPointError(_NOT_FINITE.format(what=what))
+        evaluated: _Evaluated = ended.loss
+        finding = self._checks.find(evaluated.losses) if evaluated.losses.has_weight else None
+        if finding is not None:
+            raise FloatingPointError(_NOT_FINITE.format(what=f"micro-batch {index + 1} of the window, {finding},"))
         assert self._lockstep is not None
         with self._lockstep.backward():
-            self._gradients.add_loss(ended.loss, self._queue[index].weight)
-        self._reports.append(ended.reported)
+            self._gradients.add_losses(evaluated.losses, factors=evaluated.factors)
+        self._reports.append((ended.reported, evaluated.report_weight))
 
     def _deliver(self) -> None:
         """Hands on what the passes have reported."""
-        delivered = len(self._queue) - len(self._reports)
-        for queued, reported in zip(self._queue[delivered:], self._reports):
+        for reported, weight in self._reports:
             if self._on_reported is not None:
-                self._on_reported(reported, queued.weight)
+                self._on_reported(reported, weight)
         self._reports = []
 
 
 def _done() -> None:
     """Takes the place of a function that is not needed any more."""
-
-
-def _count(values: Iterable[Any]) -> Optional[int]:
-    """Returns the number of examples, as far as the arguments show it: the length that most arrays have."""
-    lengths = [len(value) for value in values if getattr(value, "ndim", 0) > 0]
-    return max(lengths, key=lengths.count) if lengths else None
-
-
-def _inputs_of(function: functools.partial[Any]) -> List[Any]:
-    """Returns what a function takes from outside when it is called: arguments, closure and globals."""
-    captured = captured_by(function.func) if isinstance(function.func, types.FunctionType) else []
-    return [*function.args, *function.keywords.values(), *captured]
-
-
-def _snapshot(function: functools.partial[Any]) -> List[Tuple[Any, Optional[int]]]:
-    """Returns the inputs of a function, with the checksums of arrays in host memory."""
-    return [(value, sum(map(checksum, _arrays_in(value)))) for value in _inputs_of(function)]
-
-
-def _arrays_in(value: Any) -> List[numpy.ndarray]:
-    if isinstance(value, (tuple, list)):
-        return [array for each in value for array in _arrays_in(each)]
-    if isinstance(value, dict):
-        return [array for each in value.values() for array in _arrays_in(each)]
-    array = chainer.as_array(value)
-    return [array] if isinstance(array, numpy.ndarray) and array.dtype != object else []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
-from chainer_accum._arguments import check_choice
+from chainer_accum._arguments import check_callable, check_choice
 from chainer_accum.lockstep import LockstepPolicy
+
+# A function of the window.
+SkipUpdate = Callable[[Any], Any]
 
 
 class WindowOptions(NamedTuple):
@@ -17,6 +20,7 @@ class WindowOptions(NamedTuple):
             ``'raise'``.
         running_statistics (str): When running averages move: with each ``'micro_batch'`` or once per ``'update'``.
         lockstep (LockstepPolicy): How micro-batches wait for one another, or ``None`` if they do not.
+        skip_update (callable): Function of the window that says whether there is no update, or ``None``.
 
     """
 
@@ -24,12 +28,15 @@ class WindowOptions(NamedTuple):
     nonfinite: str = "keep"
     running_statistics: str = "micro_batch"
     lockstep: Optional[LockstepPolicy] = None
+    skip_update: Optional[SkipUpdate] = None
 
     def checked(self) -> WindowOptions:
-        """Returns these options, or raises ValueError if a value is unknown."""
+        """Returns these options, or raises ValueError or TypeError if a value is not one that the option takes."""
         check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
         check_choice("nonfinite", self.nonfinite, ("keep", "skip", "raise"))
         check_choice("running_statistics", self.running_statistics, ("micro_batch", "update"))
+        if self.skip_update is not None:
+            check_callable("skip_update", self.skip_update, "pass a function of the window, or None")
         if self.lockstep is not None and self.nonfinite == "skip":
             raise ValueError(
                 "nonfinite must not be 'skip' with lockstep, got 'skip': a micro-batch cannot be taken out of the "

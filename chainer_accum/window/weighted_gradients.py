@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import ContextManager, Dict, Iterable, Optional, Tuple
+from typing import ContextManager, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import chainer
 import numpy
@@ -11,7 +11,10 @@ import numpy
 from chainer_accum._devices import Array, are_finite, device_of
 from chainer_accum.window.gradient_norms import GradientNorms
 from chainer_accum.window.gradient_sums import GradientSums
+from chainer_accum.window.loss_sums import total_of
 from chainer_accum.window.losses import describe, has_graph, is_constant, run_backward
+from chainer_accum.window.term_sums import TermSums
+from chainer_accum.window.terms import Losses, different_kinds
 from chainer_accum.window.weighting import Weights
 
 # For gradients that are already computed, the divisor affects only the sums, whose dtype is wide.
@@ -21,16 +24,22 @@ _SLACK = 2.0**20
 class WeightedGradients:
     """Sums of weighted gradients, from which the gradient of the mean or the sum of all losses is computed.
 
+    If the loss function returns several pairs ``(loss, weight)``, there is one set of sums for each of these terms, and
+    the gradient is the sum of their means.
+
     Args:
         target (~chainer.Link): Link whose parameters are trained.
         is_mean (bool): Whether the losses are means over their examples. Otherwise they are sums.
-        expected_weight (float): The likely sum of the weights, or ``None``.
+        expected_weight (float): The likely sum of the given weights, or ``None``.
         loss_scale (float): Loss scaling factor of all passes, or ``None``.
         norms (GradientNorms): Where to store the squared norms of the gradients, or ``None``.
 
     Attributes:
-        weights (Weights): The weights of the gradients so far.
+        weights (Weights): The weights of the passes so far, as their callers gave them.
         loss_scale (float): See the argument.
+        num_pairs (int): The number of pairs that loss functions return, 0 if they return no weights, or ``None`` if it
+            is not known yet.
+        are_taken (bool): Whether gradients come from backward passes of the caller.
 
     """
 
@@ -44,72 +53,90 @@ class WeightedGradients:
     ) -> None:
         self.weights = Weights(expected_weight)
         self.loss_scale = loss_scale
+        self.num_pairs: Optional[int] = None  # that each loss function returns, once known
+        self.are_taken = False
         self._has_only_constants = True
         self._target = target
         self._is_mean = is_mean
         self._norms = norms
-        self._sums = GradientSums(target)
+        self._terms = [TermSums(target, is_mean, self.weights)]
         self._has_losses = False  # losses are scaled here; in its own backward pass, the caller does it
         self._has_losses_without_gradient = False
+        self._replaced: List[Tuple[chainer.Parameter, Optional[chainer.Variable]]] = []
         if norms is not None:
             norms.clear()
 
-    def add_loss(self, loss: chainer.Variable, weight: float, is_checked: bool = False) -> Optional[str]:
-        """Runs the backward pass of a loss and adds its gradients.
+    def __bool__(self) -> bool:
+        """Whether a loss has a weight."""
+        return any(self.term_weights)
 
-        If the weight is 0 or the loss has no graph, there is no backward pass and the gradient is zero.
+    @property
+    def term_weights(self) -> List[Weights]:
+        """The weights of each term so far, by which its losses count."""
+        return [term.weights for term in self._terms]
+
+    @property
+    def loss(self) -> Optional[Array]:
+        """The mean or the sum of the losses so far, or ``None`` if there is none, or one that is not known."""
+        if not self._has_losses or not all(term.loss.is_known for term in self._terms):
+            return None
+        return total_of(term.loss.scaled(term.correction()) for term in self._terms)
+
+    def add_losses(
+        self, losses: Losses, is_checked: bool = False, factors: Optional[Sequence[float]] = None
+    ) -> Optional[str]:
+        """Runs the backward passes of the losses of a pass and adds their gradients.
+
+        If a weight is 0 or a loss has no graph, there is no backward pass and its gradient is zero.
 
         Args:
-            loss (~chainer.Variable): Loss.
-            weight (float): Weight of the loss.
-            is_checked (bool): Whether to add nothing if the gradient is not finite. This waits for the device.
+            losses (Losses): The losses.
+            is_checked (bool): Whether to add nothing if a gradient is not finite. This waits for the device.
+            factors: The factor of each loss in the gradient of the window, if all weights are known. It must be given
+                for all passes of a window or for none.
 
         Returns:
             ``None``, or a description of the problem if nothing was added.
 
         """
-        self._has_losses = True
-        if weight == 0 or not has_graph(loss):
-            self._target.cleargrads()
-            self._has_losses_without_gradient = True
-            if weight > 0:
-                self._has_only_constants = self._has_only_constants and is_constant(loss)
-                self._make_room(weight)
-                self.weights.add(weight)
-            return None
-        self._has_only_constants = False
-        factor = self._make_room(weight)
+        if losses.num_pairs > 0 or self.num_pairs != 0:
+            self._begin(losses, factors is not None)
         is_apart = is_checked or self._norms is not None
-        sums = GradientSums(self._target) if is_apart else self._sums
-        # This clears the gradients. Before the forward pass would be too early: lazy parameters are initialized in it,
-        # with gradients of NaN, and a loss function may run its own backward pass.
-        with sums.adding():
-            run_backward(loss, factor, self.loss_scale)
-        if is_apart:
-            if is_checked and not are_finite(sums.arrays()):
-                return f"its gradient is not, and its loss is {describe(loss)}"
-            if self._norms is not None:
-                scale = factor * (self.loss_scale or 1.0) * self._divisor(weight)
-                self._norms.add(sums.arrays(self._target.params()), scale, weight)
-            self._sums.merge(sums)
-        self.weights.add(weight)
+        parts = []
+        for index, (loss, weight) in enumerate(zip(losses.losses, losses.weights)):
+            term = self._terms[0 if factors else index]
+            factor = term.make_room(weight) if weight > 0 else 0.0
+            factor = factors[index] if factors else factor
+            parts.append(_Part(term, loss, weight, factor, self._run(term, loss, weight, factor, is_apart)))
+        for part in parts:
+            if is_checked and part.gradients is not None and not are_finite(part.gradients.arrays()):
+                return f"its gradient is not, and its loss is {describe(part.loss)}"
+        self._has_losses = True
+        for part in parts:
+            self._keep(part)
+        if self._terms[0].weights is not self.weights and losses.given > 0:
+            self.weights.make_room(losses.given)
+            self.weights.add(losses.given)
         return None
 
     def adding(self) -> ContextManager[None]:
         """Context manager in which further backward passes of losses that were added add their gradients."""
-        return self._sums.adding()
+        return self._terms[0].gradients.adding()
 
     def are_finite(self) -> bool:
         """Returns whether all sums are finite. This waits for the device."""
-        return are_finite(self._sums.arrays())
+        return are_finite(array for term in self._terms for array in term.gradients.arrays())
 
     def add_arrays(self, grads: Iterable[Tuple[chainer.Parameter, Array]], weight: float) -> None:
         """Adds gradients that the caller computed."""
+        self._check_kind(0)
         self._has_only_constants = False
-        factor = self._make_room(weight, _SLACK)
+        (term,) = self._terms
+        factor = term.make_room(weight, _SLACK)
         for param, grad in grads:
-            self._sums.add(param, grad, factor)
-        self.weights.add(weight)
+            term.gradients.add(param, grad, factor)
+        term.weights.add(weight)
+        term.loss.is_known = False
 
     def check_target_is_reached(self) -> None:
         """Raises RuntimeError unless a parameter of the target has a gradient.
@@ -117,7 +144,8 @@ class WeightedGradients:
         If all losses are constants, it only issues a :class:`RuntimeWarning`.
 
         """
-        if self._sums.arrays(self._target.params()):
+        params = list(self._target.params())
+        if any(term.gradients.arrays(params) for term in self._terms):
             return
         target = type(self._target).__name__
         if not self._has_only_constants:
@@ -133,32 +161,32 @@ class WeightedGradients:
             stacklevel=4,
         )
 
-    def correction(self) -> float:
-        """Returns the factor for the sums, now that all weights are known."""
-        return self.weights.correction() if self._is_mean else 1.0
-
-    def give(self, correction: float, share: float = 1.0) -> None:
+    def give(self, corrections: Optional[Sequence[float]] = None, share: float = 1.0) -> None:
         """Sets the gradients of the parameters from the sums, and removes the sums.
 
         Gradients of the target are replaced. Those of other parameters are added to, as in a backward pass.
 
         Args:
-            correction (float): Factor for the sums of the target.
+            corrections: Factor for the sums of the target, for each term. By default, the one that makes them a mean or
+                a sum of these losses.
             share (float): Factor of the gradient of the mean of these losses in the result.
 
         """
+        if self.are_taken:  # they belong to the caller
+            self._replaced = [(param, param.grad_var) for param in self._target.params(include_uninit=False)]
         self._target.cleargrads()
         own: Dict[int, chainer.Parameter] = {id(param): param for param in self._target.params()}
-        own_correction = self.correction()
-        for param, total in self._sums.take():
-            is_own = id(param) in own
-            factor = correction if is_own else own_correction
-            # Dynamic loss scaling finds an overflow later.
+        for term, correction in zip(self._terms, corrections or [term.correction() for term in self._terms]):
+            term.gradients.multiply(correction, own, term.correction())
+        first, *others = [term.gradients for term in self._terms]
+        for other in others:
+            first.merge(other)
+        for param, total in first.take():
             with device_of(total), numpy.errstate(over="ignore", under="ignore"):
-                if factor != 1:
-                    total *= factor
                 grad = total.astype(param.dtype, copy=False)
-                param.grad = grad if is_own or param.grad is None else param.grad + grad
+                if id(param) not in own:
+                    self._replaced.append((param, param.grad_var))
+                param.grad = grad if id(param) in own or param.grad is None else param.grad + grad
             if self._has_losses:
                 param._loss_scale = self.loss_scale  # as the backward pass does, for the update rule
         if self._has_losses_without_gradient:  # the backward pass of the whole batch would have recorded it
@@ -166,29 +194,104 @@ class WeightedGradients:
                 param._loss_scale = self.loss_scale
         if self._norms is not None:
             grads = [param.grad for param in own.values() if param.array is not None and param.grad is not None]
-            self._norms.set_window(grads, (self.loss_scale or 1.0) * self._divisor(self.weights.total) * share)
+            weight = self._terms[0].weights.total
+            self._norms.set_window(grads, (self.loss_scale or 1.0) * self._divisor(weight) * share)
+
+    def take_back(self) -> None:
+        """Clears the gradients of the target, and restores those of the caller and of other parameters."""
+        self._target.cleargrads()
+        for param, grad in self._replaced:
+            param.grad_var = grad
+        self.forget_replaced()
+
+    def forget_replaced(self) -> None:
+        """Frees the gradients that were replaced."""
+        self._replaced = []
 
     def end(self) -> None:
         """Cleans up after an interrupted backward pass."""
-        self._sums.end()
+        for term in self._terms:
+            term.gradients.end()
 
     def serialize(self, serializer: chainer.AbstractSerializer) -> None:
         """Serializes the sums, so that a window can continue in another process."""
         self.loss_scale = serializer("loss_scale", self.loss_scale or 0.0) or None
         self._has_losses = serializer("has_losses", self._has_losses)
         self._has_losses_without_gradient = serializer("has_zeros", self._has_losses_without_gradient)
+        num_pairs = serializer("num_pairs", -1 if self.num_pairs is None else self.num_pairs)
+        if isinstance(serializer, chainer.Deserializer) and num_pairs >= 0:
+            self._check_kind(num_pairs)
         self.weights.serialize(serializer)
-        self._sums.serialize(serializer["sums"])
+        for index, term in enumerate(self._terms):
+            term.serialize(serializer[f"term_{index}"])
 
-    def _make_room(self, weight: float, slack: float = 1.0) -> float:
-        """Makes room in the sums for a gradient of this weight, and returns the factor with which it is added."""
-        shrinkage = self.weights.make_room(weight, slack)
-        if not self._is_mean:
-            return 1.0
-        if shrinkage != 1:
-            self._sums.multiply(shrinkage)
-        return self.weights.factor(weight)
+    def _begin(self, losses: Losses, is_exact: bool) -> None:
+        """Prepares the terms for the losses of a pass."""
+        if is_exact and self.num_pairs is None:
+            self._terms = [TermSums(self._target, False, Weights())]
+            self.num_pairs = losses.num_pairs
+        self._check_kind(losses.num_pairs)
+        weight = self.weights.total + losses.given
+        if losses.num_pairs > 0 and not is_exact and weight > 0:
+            # The sum of the returned weights is likely to grow as that of the given ones, of which more is known.
+            for term, returned in zip(self._terms, losses.weights):
+                term.weights.expect((term.weights.total + returned) / weight * max(self.weights.expected, weight))
+
+    def _check_kind(self, num_pairs: int) -> None:
+        """Begins with losses of this kind, or raises TypeError if those so far are of another one."""
+        if self.num_pairs is None:
+            if num_pairs > 0:
+                self._terms = [TermSums(self._target, self._is_mean, Weights()) for _ in range(num_pairs)]
+            self.num_pairs = num_pairs
+        if self.num_pairs != num_pairs:
+            raise different_kinds(num_pairs, self.num_pairs)
+        if self._norms is not None and num_pairs > 1:
+            raise ValueError(
+                "gradient norms of micro-batches must not be measured if the loss function returns several pairs "
+                "(loss, weight), got gradient_norm_interval or GradientNoiseScale: the losses of a micro-batch have no "
+                "common weight; leave it out, or return one loss"
+            )
+
+    def _run(
+        self, term: TermSums, loss: chainer.Variable, weight: float, factor: float, is_apart: bool
+    ) -> Optional[GradientSums]:
+        """Runs the backward pass of a loss, and returns the sums with its gradients, or ``None`` if it needs none."""
+        if weight == 0 or not has_graph(loss):
+            self._target.cleargrads()
+            self._has_losses_without_gradient = True
+            if weight > 0:
+                self._has_only_constants = self._has_only_constants and is_constant(loss)
+            return None
+        self._has_only_constants = False
+        gradients = GradientSums(self._target) if is_apart else term.gradients
+        # This clears the gradients. Before the forward pass would be too early: lazy parameters are initialized in it,
+        # with gradients of NaN, and a loss function may run its own backward pass.
+        with gradients.adding():
+            run_backward(loss, factor, self.loss_scale)
+        return gradients
+
+    def _keep(self, part: _Part) -> None:
+        term, weight = part.term, part.weight
+        if weight == 0:
+            return
+        if part.gradients is not None and part.gradients is not term.gradients:
+            if self._norms is not None:
+                scale = part.factor * (self.loss_scale or 1.0) * self._divisor(weight)
+                self._norms.add(part.gradients.arrays(self._target.params()), scale, weight)
+            term.gradients.merge(part.gradients)
+        term.weights.add(weight)
+        term.loss.add(part.loss, part.factor)
 
     def _divisor(self, weight: float) -> float:
         """Returns the number that turns a gradient of this weight into the gradient of a mean, by division."""
         return 1.0 if self._is_mean else weight or 1.0
+
+
+class _Part(NamedTuple):
+    """The loss of a pass for one term, and its gradients, if it has any."""
+
+    term: TermSums
+    loss: chainer.Variable
+    weight: float
+    factor: float
+    gradients: Optional[GradientSums]

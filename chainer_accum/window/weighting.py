@@ -46,6 +46,11 @@ class Weights:
     def __bool__(self) -> bool:
         return self.total > 0
 
+    @property
+    def expected(self) -> float:
+        """The likely sum of the weights, or 0 if nothing is known."""
+        return max(self._base, self._expected)
+
     def expect(self, total: float) -> None:
         """Tells the window that the weights are likely to add up to ``total`` or more."""
         self._expected = max(self._expected, total)

@@ -317,7 +317,22 @@ def test_draws_of_which_the_number_depends_on_the_examples_are_refused() -> None
             numpy.random.rand()
         return h
 
+    run = in_lockstep(lambda: Net(wait), make_vectors(100), batch_size=100, micro_batch_size=20)
+    with pytest.raises(RuntimeError, match="got different ones, or a different number of them"):
+        run.update()
+
+
+def test_a_pass_that_draws_nothing_where_the_first_has_drawn_is_refused_after_the_first_window() -> None:
+    updates = [0]
+
+    def wait(h: chainer.Variable) -> chainer.Variable:
+        if updates[0] > 0 and len(h) == 16:  # of 16, 16, 17, 17, 17 and 17
+            numpy.random.rand()
+        return h
+
     run = in_lockstep(lambda: Net(wait), make_vectors(100), batch_size=100, micro_batch_size=17)
+    run.update()
+    updates[0] += 1
     with pytest.raises(RuntimeError, match="got different ones, or a different number of them"):
         run.update()
 

@@ -508,3 +508,12 @@ def test_what_is_reported_is_what_the_whole_batch_would_have_reported(data):
             expected_value, expected_weight = value_and_weight(expected_observation[key])
             numpy.testing.assert_allclose(value, expected_value, rtol=tolerance, atol=tolerance, err_msg=key)
             assert weight == expected_weight
+
+
+def test_a_function_may_say_what_each_value_weighs():
+    first, second = numpy.array(1.0), numpy.array(3.0)
+    observations = Observations()
+    for value in (first, second):
+        observations.add({"a": value, "b": value}, lambda reported: 3.0 if reported is second else 1.0)
+    observations.add({"a": (5.0, 0.0)}, lambda reported: 1 / 0 if reported is first else 1.0)
+    assert observations.merged()["b"] == 2.5

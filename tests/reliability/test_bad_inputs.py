@@ -39,6 +39,10 @@ NOT_SET_UP = "must be set up with a model, got {} without one; call optimizer.se
 LOSS = "the loss function must return a chainer.Variable, got {}; return the loss as one scalar Variable"
 SCALAR = "the loss must be a scalar, got a Variable of shape {}; reduce it, for example with F.mean(loss)"
 SCALE = "loss_scale must be a positive number, got {}; for dynamic scaling, call optimizer.loss_scaling()"
+PAIRS = (
+    "the loss function must return the loss, a pair (loss, weight) whose weight is a number or an array, or a list of "
+    "such pairs, got {}; report other values with chainer.report, and return the array of a Variable as the weight"
+)
 EPOCHS = "num_epochs must be an int of 1 or more, got {}; give the number of epochs to train for"
 
 
@@ -91,6 +95,22 @@ def add(lossfun=None, **kwargs):
 def enter(*args, **kwargs):
     with accumulate(*args, **kwargs):
         pass
+
+
+def skip(answer):
+    with accumulate(optimizer(), skip_update=lambda window: answer) as window:
+        window.add(window._optimizer.target, *chainer.dataset.concat_examples(make_dataset(4)))
+
+
+def multi_node():
+    from chainermn.optimizers import _MultiNodeOptimizer  # without create_multi_node_optimizer, which asks for MPI
+
+    return _MultiNodeOptimizer(optimizer(), object(), True)
+
+
+def loss_and(*others):
+    """Returns a loss function that returns the loss and something else."""
+    return lambda x, t: (F.sum(chainer.Variable(x)), *others)
 
 
 def add_to_a_window_that_is_over():
@@ -425,6 +445,62 @@ BAD_INPUTS = {
         RuntimeError,
         "a loss must depend on the parameters of the optimizer's target, got none that depends on Classifier; compute",
     ),
+    "a loss and an accuracy": (
+        lambda: update(loss_func=loss_and(chainer.Variable(numpy.ones((), "f")))),
+        TypeError,
+        PAIRS.format("(Variable, Variable)"),
+    ),
+    "a loss, a weight and something else": (
+        lambda: update(loss_func=loss_and(3, 0.5)),
+        TypeError,
+        PAIRS.format("(Variable, int, float)"),
+    ),
+    "a list of losses": (
+        lambda: update(loss_func=lambda x, t: [F.sum(chainer.Variable(x))] * 2),
+        TypeError,
+        PAIRS.format("[Variable, Variable]"),
+    ),
+    "no loss at all": (lambda: update(loss_func=lambda x, t: []), TypeError, PAIRS.format("[]")),
+    "a returned weight that is negative": (
+        lambda: update(loss_func=loss_and(-1)),
+        ValueError,
+        "a weight that the loss function returns " + FINITE.format("-1.0"),
+    ),
+    "a returned weight that is negative without accumulation": (
+        lambda: update(loss_func=loss_and(-1), accumulation_steps=1),
+        ValueError,
+        "a weight that the loss function returns " + FINITE.format("-1.0"),
+    ),
+    "a returned weight by name": (
+        lambda: update(loss_func=loss_and("all")),
+        TypeError,
+        "a weight that the loss function returns " + NUMBER.format("'all'"),
+    ),
+    "a loss in a pair for each example": (
+        lambda: update(loss_func=lambda x, t: (F.sum(chainer.Variable(x), axis=1), 6)),
+        ValueError,
+        SCALAR.format("(6,)"),
+    ),
+    "a late weight that is None": (
+        lambda: update(weight_func=lambda: None),
+        TypeError,
+        "the value of weight_func " + NUMBER.format("None"),
+    ),
+    "a number to skip updates by": (
+        lambda: updater(skip_update=5.0),
+        TypeError,
+        "skip_update must be callable, got 5.0; pass a function of the window, or None",
+    ),
+    "an answer that is None": (
+        lambda: update(skip_update=lambda window: None),
+        TypeError,
+        "skip_update must return True or False, got None; return True to skip the update",
+    ),
+    "skipping with several ranks": (
+        lambda: AccumulatingUpdater(iterator(), multi_node(), skip_update=bool),
+        ValueError,
+        "skip_update must be None with a multi-node optimizer, got one with a communicator: each rank would decide by",
+    ),
     "an empty batch": (
         lambda: update_with(list, accumulation_steps=2),
         ValueError,
@@ -474,6 +550,41 @@ BAD_INPUTS = {
     "a negative weight in a window": (lambda: add(weight=-1), ValueError, "weight " + FINITE.format("-1.0")),
     "a weight by name in a window": (lambda: add(weight="all"), TypeError, "weight " + NUMBER.format("'all'")),
     "a loss that is no Variable in a window": (lambda: add(lambda x, t: x), TypeError, LOSS.format("ndarray")),
+    "a weight that is a function of something": (
+        lambda: add(weight=lambda examples: 1),
+        TypeError,
+        "weight must be a number or a function without arguments, got ",
+    ),
+    "a weight that is a function that returns nothing": (
+        lambda: add(weight=lambda: None),
+        TypeError,
+        "the value of weight " + NUMBER.format("None"),
+    ),
+    "a norm for an answer": (
+        lambda: skip(numpy.ones(2)),
+        TypeError,
+        "skip_update must return True or False, got array([1., 1.]); return True to skip the update",
+    ),
+    "an answer for each parameter": (
+        lambda: skip(numpy.array([True])),
+        TypeError,
+        "skip_update must return True or False, got array([ True]); return True to skip the update",
+    ),
+    "a word for an update": (
+        lambda: enter(optimizer(), update="no"),
+        TypeError,
+        "update must be True or False, got 'no'; use False to update with the gradients yourself",
+    ),
+    "skipping an update that is left out": (
+        lambda: enter(optimizer(), update=False, skip_update=bool),
+        ValueError,
+        "skip_update must be None with update=False, got both; decide before you call the optimizer",
+    ),
+    "an update that is left out on several ranks": (
+        lambda: enter(multi_node(), update=False),
+        ValueError,
+        "update must be True with a multi-node optimizer, got False: the ranks average their gradients in the update;",
+    ),
     "a window that is over": (
         add_to_a_window_that_is_over,
         RuntimeError,
@@ -499,6 +610,16 @@ BAD_INPUTS = {
         lambda: create_accumulating_optimizer(optimizer(), 2, nonfinite="ignore"),
         ValueError,
         "nonfinite must be one of 'keep', 'skip', 'raise', got 'ignore'",
+    ),
+    "a threshold for an optimizer": (
+        lambda: create_accumulating_optimizer(optimizer(), 2, skip_update=1),
+        TypeError,
+        "skip_update must be callable, got 1; pass a function of the window, or None",
+    ),
+    "skipping of an optimizer with several ranks": (
+        lambda: create_accumulating_optimizer(multi_node(), 2, skip_update=bool),
+        ValueError,
+        "skip_update must be None with a multi-node optimizer, got one with a communicator",
     ),
     "an update without a model": (
         lambda: create_accumulating_optimizer(optimizers.SGD(), 2).update(),

@@ -171,7 +171,7 @@ def test_an_overflow_on_one_rank_skips_the_update_on_all():
 # How often the ranks meet.
 
 
-def test_a_window_is_one_number_and_one_all_reduce_whatever_k():
+def test_a_window_is_two_numbers_and_one_all_reduce_whatever_k():
     def program(communicator):
         optimizer = make_multi_node(momentum_sgd(), communicator).setup(ready_model(communicator.rank))
         train(optimizer, [split(DATASET, 4)])
@@ -179,7 +179,7 @@ def test_a_window_is_one_number_and_one_all_reduce_whatever_k():
         train(optimizer, [split(DATASET, *[2] * k) for k in (1, 4, 16)])
         return communicator.collectives
 
-    assert run_ranks(2, program) == [["allreduce of 8 bytes", "mean_grad"] * 3] * 2
+    assert run_ranks(2, program) == [["allreduce of 16 bytes", "mean_grad"] * 3] * 2
 
 
 def test_only_while_parameters_are_uninitialized_is_there_one_more_number():
@@ -191,7 +191,7 @@ def test_only_while_parameters_are_uninitialized_is_there_one_more_number():
         train(optimizer, [split(DATASET, 4)])
         return communicator.collectives
 
-    assert run_ranks(2, program) == [["allreduce of 8 bytes"] * 2 + ["mean_grad"]] * 2
+    assert run_ranks(2, program) == [["allreduce of 8 bytes", "allreduce of 16 bytes", "mean_grad"]] * 2
 
 
 # No window is lost.
@@ -397,7 +397,7 @@ def test_a_rank_that_fails_does_not_go_on(tmp_path):
         return communicator.collectives
 
     (collectives,) = run_ranks(1, program)
-    assert "allreduce of 8 bytes" not in collectives
+    assert not any(each.startswith("allreduce of") for each in collectives)
 
 
 def test_a_block_without_micro_batches_takes_part():
@@ -526,7 +526,7 @@ def test_where_links_communicate_or_parameters_are_new_a_window_cannot_begin_aga
 
 def test_the_ranks_cannot_each_tune_where_links_communicate():
     def program(communicator):
-        with pytest.raises(ValueError, match="micro_batch_size must be the same on all ranks .*, got 'auto'; give a n"):
+        with pytest.raises(ValueError, match="micro_batch_size must be a number or None if links .*, got 'auto'"):
             AccumulatingUpdater(serial(DATASET, 8), communicating(communicator), micro_batch_size="auto")
         optimizer = make_multi_node(momentum_sgd(), communicator).setup(ready_model())
         updater = AccumulatingUpdater(serial(DATASET, 8), optimizer, micro_batch_size="auto")
