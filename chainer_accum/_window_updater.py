@@ -137,7 +137,7 @@ class WindowUpdater(StandardUpdater):
 
     def _is_standard(self) -> bool:
         """Returns whether ``StandardUpdater`` can take the step: one pass, and nothing else to do."""
-        is_one_pass = self._schedule.is_always_one and self._size.leaves_whole and not self._size.keeps_examples(True)
+        is_one_pass = self._size.leaves_whole and not self._size.keeps_examples(True) and self._schedule.is_always_one
         is_alone = communicator_of(self.get_optimizer("main")) is None
         has_more_to_do = self._options.checks_values or self._options.skip_update or self._rules.change_single_reports
         return is_one_pass and is_alone and not has_more_to_do

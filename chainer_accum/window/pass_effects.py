@@ -16,6 +16,8 @@ from chainer_accum.window.running_statistics import Moves, RunningStatistics
 
 Result = TypeVar("Result")
 
+_NOTHING = PersistentValues(())
+
 
 class PassEffects:
     """The changes that the passes of a window make to persistent values and running averages.
@@ -112,7 +114,7 @@ class PassEffects:
 
         """
         self._links_so_far = self.links
-        self._values, self._before = PersistentValues(()), None
+        self._values, self._before = _NOTHING, None
 
     def clean_up(self) -> None:
         """Cleans up after an interrupted pass."""

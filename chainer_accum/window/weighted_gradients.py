@@ -181,14 +181,15 @@ class WeightedGradients:
         first, *others = [term.gradients for term in self._terms]
         for other in others:
             first.merge(other)
-        for param, total in first.take():
-            with device_of(total), numpy.errstate(over="ignore", under="ignore"):
-                grad = total.astype(param.dtype, copy=False)
-                if id(param) not in own:
-                    self._replaced.append((param, param.grad_var))
-                param.grad = grad if id(param) in own or param.grad is None else param.grad + grad
-            if self._has_losses:
-                param._loss_scale = self.loss_scale  # as the backward pass does, for the update rule
+        with numpy.errstate(over="ignore", under="ignore"):
+            for param, total in first.take():
+                with device_of(total):
+                    grad = total.astype(param.dtype, copy=False)
+                    if id(param) not in own:
+                        self._replaced.append((param, param.grad_var))
+                    param.grad = grad if id(param) in own or param.grad is None else param.grad + grad
+                if self._has_losses:
+                    param._loss_scale = self.loss_scale  # as the backward pass does, for the update rule
         if self._has_losses_without_gradient:  # the backward pass of the whole batch would have recorded it
             for param in own.values():
                 param._loss_scale = self.loss_scale
