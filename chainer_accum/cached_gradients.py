@@ -182,7 +182,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
                 with of_encoder.collecting() as observation, before.following(), chainer.no_backprop_mode():
                     encoded.append(copies_of(by_name(self._encode(micro_batch.examples))))
             of_encoder.add(observation, micro_batch.weight)
-        representations = Representations(encoded)
+        representations = Representations(encoded, micro_batches.order)
         del encoded  # now concatenated in representations
         with of_loss.collecting() as observation:
             window.add(representations.compare, functools.partial(call, "the loss function", self.loss_func))

@@ -207,10 +207,11 @@ class AccumulatingUpdater(WindowUpdater):
                 "split_when_out_of_memory must not be False with micro_batch_size='auto', got False; the search tries "
                 "sizes that do not fit in memory, so leave it out"
             )
-        if not size.cuts_evenly and links_communicate(optimizers["main"]):
+        if (schedule.depends_on_data or not size.cuts_evenly) and links_communicate(optimizers["main"]):
             raise ValueError(
-                "micro_batch_size must be a number or None if links of the model communicate, got "
-                f"{micro_batch_size!r}; the ranks would have different numbers of micro-batches"
+                "micro_batch_size and effective_batch_size must be numbers or None if links of the model communicate, "
+                f"got {micro_batch_size!r} and {effective_batch_size!r}; the ranks would have different numbers of "
+                "micro-batches"
             )
         super().__init__(
             iterators,

@@ -44,9 +44,8 @@ class TokenBudget:
     """
 
     def __init__(self, max_tokens: Union[int, str], length_func: LengthFunc, *, across_window: bool = False) -> None:
-        if max_tokens != "auto":
-            remedy = "use 'auto' to find the fastest"
-            max_tokens = check_int("max_tokens", max_tokens, 1, remedy)
+        if not isinstance(max_tokens, str) or max_tokens != "auto":
+            max_tokens = check_int("max_tokens", max_tokens, 1, "use 'auto' to find the fastest")
         check_callable("length_func", length_func, "pass a function that returns the length of an example")
         check_bool("across_window", across_window, "use True to sort the examples of a whole update")
         self.max_tokens = max_tokens
