@@ -262,6 +262,34 @@ def test_several_ranks_take_the_step_of_all_their_examples(num_ranks, steps, max
         assert_same_parameters(model, expected.get_optimizer("main").target, EXACT)
 
 
+def test_a_rank_whose_data_has_ended_takes_part_without_examples():
+    shares = [CORPUS[:6], CORPUS[6:]]
+
+    def train(communicator):
+        updater = by_length(
+            serial(shares[communicator.rank], 4, repeat=False),
+            TokenBudget(20, num_words),
+            make_optimizer=lambda: make_multi_node(adam(), communicator),
+            effective_batch_size=TokenBudget(80, num_words),
+        )
+        sizes = []
+        with pytest.raises(StopIteration):
+            while True:
+                updater.update()
+                sizes.append(updater.effective_batch_size)
+        return sizes, updater.get_optimizer("main").target
+
+    gathered = [windows_of(serial(share, 4, repeat=False), None, 40) for share in shares]
+    windows = [sum(parts, []) for parts in itertools.zip_longest(*gathered, fillvalue=[])]
+    expected = whole(windows)
+    run(expected, len(windows))
+    results = run_ranks(2, train)
+    assert [sum(sizes) for sizes in zip(*(sizes for sizes, _ in results))] == list(map(len, windows))
+    assert results[0][0][-1] == 0
+    for _, model in results:
+        assert_same_parameters(model, expected.get_optimizer("main").target, EXACT)
+
+
 @pytest.mark.parametrize("max_tokens", [60, "auto"])
 @pytest.mark.parametrize("options", [{}, {"prefetch": True}, {"lockstep": "memory"}])
 def test_without_memory_the_budget_is_halved_and_the_run_is_the_same(options, max_tokens):

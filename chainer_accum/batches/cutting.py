@@ -9,12 +9,12 @@ from __future__ import annotations
 import collections.abc
 import itertools
 import reprlib
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Protocol, Sequence
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Protocol
 
 from chainer_accum._arguments import call
 from chainer_accum.batches.token_budget import LengthFunc, lengths_of
 
-CutFunc = Callable[[List[Any]], Sequence[Sequence[Any]]]
+CutFunc = Callable[[List[Any]], Iterable[Iterable[Any]]]
 
 
 class Load(NamedTuple):
