@@ -131,7 +131,7 @@ class WindowUpdater(StandardUpdater):
         for name, optimizer in self.get_all_optimizers().items():
             serialize_mixed_precision(optimizer, serializer, f"mixed_precision:{name}:")
         self._epochs.serialize(serializer)
-        self._size.serialize(serializer["micro_batch_size"])
+        self._size.serialize(serializer)
         if isinstance(serializer, chainer.Deserializer):
             self._steps = self._schedule.known(self) or self._steps
 

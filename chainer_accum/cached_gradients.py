@@ -82,10 +82,12 @@ class CachedGradientUpdater(AccumulatingUpdater):
         encoder: Function that maps converted examples to what the loss function compares. The target link of the main
             optimizer is used by default.
         accumulation_steps: Number of iterator batches per update. See :class:`~chainer_accum.AccumulatingUpdater`.
-        effective_batch_size: Number of examples per update, instead of ``accumulation_steps``. See
+        effective_batch_size: Number of examples or tokens per update, instead of ``accumulation_steps``. See
             :class:`~chainer_accum.AccumulatingUpdater`.
-        micro_batch_size: The largest number of examples that are encoded at a time, or ``'auto'``. Larger iterator
-            batches are split as evenly as possible. If ``None``, iterator batches stay whole.
+        micro_batch_size: The limit of what is encoded at a time: a number of examples, ``'auto'``, a
+            :class:`~chainer_accum.TokenBudget`, or a function of the examples. The loss function gets the outputs in
+            the order of the iterator. If ``None``, iterator batches stay whole. See
+            :class:`~chainer_accum.AccumulatingUpdater`.
         weight_func (callable): Function that takes the examples of a micro-batch, as the iterator returned them, and
             returns its weight in the means of what the encoder reports. By default, the number of examples.
         epoch_boundary (str): ``'carry'`` lets an effective batch cross the end of an epoch, as a large batch does;
@@ -93,6 +95,8 @@ class CachedGradientUpdater(AccumulatingUpdater):
         observation_rules (dict): Maps keys of the observation to how the values that the encoder reported are merged:
             the name of a rule, or a function of values and weights. See :class:`~chainer_accum.AccumulatingUpdater`.
         split_when_out_of_memory (bool): Whether an update restarts with smaller micro-batches when memory runs out. See
+            :class:`~chainer_accum.AccumulatingUpdater`.
+        memory_limit: How much memory may be in use during the search of ``'auto'``. See
             :class:`~chainer_accum.AccumulatingUpdater`.
 
     Attributes:
@@ -189,7 +193,7 @@ class CachedGradientUpdater(AccumulatingUpdater):
                 with of_encoder.collecting() as observation, before.following(), chainer.no_backprop_mode():
                     encoded.append(copies_of(by_name(self._encode(micro_batch.examples))))
             of_encoder.add(observation, micro_batch.weight)
-        representations = Representations(encoded)
+        representations = Representations(encoded, micro_batches.order)
         del encoded  # now concatenated in representations
         with of_loss.collecting() as observation:
             loss_func = functools.partial(total_loss, call, "the loss function", self.loss_func)

@@ -42,8 +42,8 @@ class AccumulatingUpdater(WindowUpdater):
     extensions and snapshots see effective batches only.
 
     An effective batch is made of ``accumulation_steps`` batches from the iterator, or of as many as have
-    ``effective_batch_size`` examples. Each is split into micro-batches of at most ``micro_batch_size`` examples.
-    Without these arguments, this works like ``StandardUpdater``. Each micro-batch has its own forward pass, so batch
+    ``effective_batch_size`` examples or tokens. Each is split into micro-batches, as ``micro_batch_size`` says. Without
+    these arguments, this works like ``StandardUpdater``. Each micro-batch has its own forward pass, so batch
     statistics, as in batch normalization, are those of the micro-batch, unless the micro-batches run in ``lockstep``.
 
     With several iterators or optimizers by name, the main ones are used. With a multi-node optimizer of ChainerMN, an
@@ -73,11 +73,13 @@ class AccumulatingUpdater(WindowUpdater):
             returns the number for its next update.
         effective_batch_size: Number of examples per update on all ranks together, instead of ``accumulation_steps``: an
             int, a dictionary from epochs, or a function of the updater, as there. The number of iterator batches
-            follows from ``iterator.batch_size`` and the number of ranks, whose product must divide the number.
-        micro_batch_size: The largest number of examples in one forward/backward pass. Larger iterator batches are split
-            as evenly as possible. If ``None``, iterator batches stay whole. ``'auto'`` finds the fastest size that fits
-            in memory by timing different sizes during the first updates. It reports the size as ``micro_batch_size``
-            and, during the search, the time as ``seconds_per_example``.
+            follows from ``iterator.batch_size`` and the number of ranks, whose product must divide the number. Or a
+            :class:`~chainer_accum.TokenBudget`: as many iterator batches as have its number of tokens.
+        micro_batch_size: The limit of one forward/backward pass. With a number of examples, larger iterator batches are
+            split as evenly as possible; with a :class:`~chainer_accum.TokenBudget`, examples are sorted by length and
+            packed. ``'auto'`` finds the fastest number that fits in memory during the first updates, and reports what
+            it tries. A function takes the list of examples of an iterator batch and returns lists of them, one for each
+            micro-batch. If ``None``, iterator batches stay whole.
         weight_func (callable): Function that takes the examples of a micro-batch, as the iterator returned them, and
             returns the weight of the micro-batch, a number of 0 or more. The right weight is what the loss is divided
             by: for a mean over tokens or valid labels, their number. By default, the number of examples. A weight of 0
@@ -102,8 +104,8 @@ class AccumulatingUpdater(WindowUpdater):
             generator with the model, as a shuffling iterator does by default, the order of their draws is left to
             chance.
         split_when_out_of_memory (bool): Whether an update restarts with smaller micro-batches when memory runs out. The
-            examples of an update are then kept until it ends. On by default if ``micro_batch_size`` is a number and
-            ``accumulation_steps`` is 1, where it costs nothing, and if ``micro_batch_size`` is ``'auto'``.
+            examples of an update are then kept until it ends. On by default where it costs nothing, if iterator batches
+            are split and ``accumulation_steps`` is 1, and wherever a limit is searched for.
         nonfinite (str): What to do with a micro-batch whose loss or gradient is not finite: ``'keep'``, ``'skip'`` or
             ``'raise'``, as for :func:`~chainer_accum.accumulate`. ``'skip'`` also drops what the micro-batch reported,
             and reports the number of such micro-batches as ``skipped_micro_batches``.
@@ -113,6 +115,8 @@ class AccumulatingUpdater(WindowUpdater):
             normalization, dropout and the state of layers are exactly those of the whole batch: ``'memory'``,
             ``'host'``, ``'file'`` or the path of a folder, where to keep what is needed in between. If ``None``, each
             micro-batch passes through the model by itself.
+        memory_limit: How much memory may be in use during the search of ``'auto'``: bytes, or a share of what the
+            cgroup, machine or device has, such as ``'80%'``. By default, 90 % of what is available.
         skip_update (callable): Function of the window that is called before the optimizer updates. If it returns
             ``True``, there is no update, as for :func:`~chainer_accum.accumulate`. The examples are used up, and the
             update counts as an iteration. ``skipped_updates`` is reported, which is 0 or 1.
@@ -124,12 +128,12 @@ class AccumulatingUpdater(WindowUpdater):
         effective_batch_size (int): Number of examples in the last update, without skipped ones and without those of
             other ranks, or ``None`` if unknown: before the first update, or if iterator batches are not lists. It
             cannot be set.
-        micro_batch_size (int): The largest number of examples in one forward/backward pass of the next update, or
-            ``None``. It is lowered when memory runs out.
+        micro_batch_size (int): The largest number of examples, or of tokens, in one forward/backward pass of the next
+            update, or ``None``. It is lowered when memory runs out.
         gradient_norm_interval (int): If set to n, the gradient norms of all micro-batches are measured every n updates.
         gradient_norms (~chainer_accum.window.GradientNorms): The norms from the last update, if measured, or ``None``.
         lockstep: See the argument.
-        micro_batch_timings (dict): Seconds per example by micro-batch size, as measured by ``'auto'`` so far.
+        micro_batch_timings (dict): Seconds per example or token by limit, as measured by ``'auto'`` so far.
         weight_func (callable): See the argument.
         loss_reduction (str): See the argument. The other attributes are those of ``StandardUpdater``.
 
@@ -207,10 +211,11 @@ class AccumulatingUpdater(WindowUpdater):
         rules = ObservationRules(observation_rules)
         check_loss_scale(loss_scale)
         window_class(optimizers["main"], options)  # raises if the optimizer does not fit
-        if not size.cuts_evenly and links_communicate(optimizers["main"]):
+        if (schedule.depends_on_data or not size.cuts_evenly) and links_communicate(optimizers["main"]):
             raise ValueError(
-                "micro_batch_size must be a number or None if links of the model communicate, got "
-                f"{micro_batch_size!r}; the ranks would have different numbers of micro-batches"
+                "micro_batch_size and effective_batch_size must be numbers or None if links of the model communicate, "
+                f"got {micro_batch_size!r} and {effective_batch_size!r}; the ranks would have different numbers of "
+                "micro-batches"
             )
         super().__init__(
             iterators,
@@ -268,7 +273,7 @@ class AccumulatingUpdater(WindowUpdater):
 
     @property
     def micro_batch_timings(self) -> Dict[int, float]:
-        """Seconds per example by micro-batch size, as measured by ``micro_batch_size='auto'`` so far."""
+        """Seconds per example, or per token, by limit of a pass, as measured by ``'auto'`` so far."""
         return self._size.timings
 
     @property

@@ -6,13 +6,15 @@ limit may change between two passes of the same batch, because a search for the 
 
 from __future__ import annotations
 
-import collections
-from typing import Any, Callable, Iterable, List, NamedTuple, Optional, Protocol, Sequence
+import collections.abc
+import itertools
+import reprlib
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Protocol
 
 from chainer_accum._arguments import call
 from chainer_accum.batches.token_budget import LengthFunc, lengths_of
 
-CutFunc = Callable[[List[Any]], Sequence[Sequence[Any]]]
+CutFunc = Callable[[List[Any]], Iterable[Iterable[Any]]]
 
 
 class Load(NamedTuple):
@@ -43,6 +45,7 @@ class Arranged(Protocol):
     """The examples of a batch, in the order in which they are cut."""
 
     cost: int  # of all of them in one pass
+    order: List[int]  # their positions in the batch; empty if they are in the order of the batch
 
     def __len__(self) -> int: ...
 
@@ -64,10 +67,9 @@ class Counted:
         self._batch = batch
         size = count_examples(batch)
         if size == 0:
-            raise ValueError(
-                f"the iterator returned an empty batch, got {batch!r}; check that the dataset is not empty"
-            )
+            raise _empty(batch)
         self.cost = size or 0
+        self.order: List[int] = []
 
     def __len__(self) -> int:
         return self.cost or 1
@@ -75,7 +77,7 @@ class Counted:
     def part(self, start: int, limit: Optional[int]) -> Part:
         if limit is None and start == 0:
             return Part(self._batch, _by_count(self.cost))
-        examples = as_list(self._batch, "to be split, a batch", "use accumulation_steps and no micro_batch_size")
+        examples = as_examples(self._batch)
         size = even_share(len(examples) - start, limit)
         return Part(examples[start : start + size], _by_count(size))
 
@@ -97,13 +99,13 @@ class Measured:
     """
 
     def __init__(self, batch: Any, length_func: LengthFunc, max_tokens: Optional[int] = None) -> None:
-        examples = as_list(batch, "to be cut by length, a batch", "use accumulation_steps and no micro_batch_size")
-        measured = [(lengths_of(example, length_func), example) for example in examples]
-        measured.sort(key=lambda pair: pair[0], reverse=True)
-        self._lengths = [lengths for lengths, _ in measured]
-        self._examples = [example for _, example in measured]
+        examples = as_examples(batch)
+        lengths = [lengths_of(example, length_func) for example in examples]
+        self.order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        self._lengths = [lengths[position] for position in self.order]
+        self._examples = [examples[position] for position in self.order]
         longest = self._lengths[0].longest
-        self.cost = longest * len(measured)
+        self.cost = longest * len(lengths)
         if max_tokens is not None and longest > max_tokens:
             raise ValueError(
                 f"max_tokens must be at least the length of the longest example, got {max_tokens} for an example of "
@@ -117,7 +119,7 @@ class Measured:
         longest = self._lengths[start].longest
         size = len(self) - start if limit is None else max(limit // longest, 1)
         lengths = [each.each for each in self._lengths[start : start + size]]
-        sides = list(zip(*lengths))
+        sides = list(itertools.zip_longest(*lengths, fillvalue=0))
         load = Load(
             num_examples=len(lengths),
             cost=longest * len(lengths),
@@ -135,18 +137,20 @@ class Grouped:
         function (callable): Function that takes the list of examples and returns lists of them.
 
     Raises:
+        TypeError: If the function does not return lists.
         ValueError: If the function does not return each example once.
 
     """
 
     def __init__(self, batch: Any, function: CutFunc) -> None:
-        examples = list(as_list(batch, "to be cut, a batch", "use accumulation_steps and no micro_batch_size"))
-        groups = [list(group) for group in call("micro_batch_size", function, list(examples))]
+        examples = list(as_examples(batch))
+        groups = _groups(function, examples)
         self._examples = [example for group in groups for example in group]
-        self._ends: List[int] = []
-        for group in groups:
-            self._ends.append(len(group) + (self._ends[-1] if self._ends else 0))
+        self._ends = list(itertools.accumulate(map(len, groups)))
         self.cost = max(map(len, groups), default=0)
+        positions: Dict[int, List[int]] = {}  # an example may be in a batch more than once
+        for position, example in enumerate(examples):
+            positions.setdefault(id(example), []).append(position)
         returned, given = (collections.Counter(map(id, each)) for each in (self._examples, examples))
         if returned != given or not all(groups):
             raise ValueError(
@@ -154,6 +158,7 @@ class Grouped:
                 f"{_difference(returned, given) or 'an empty list'} from {function!r}; return the examples themselves, "
                 "not copies"
             )
+        self.order = [positions[id(example)].pop(0) for example in self._examples]
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -165,9 +170,9 @@ class Grouped:
 
 
 def together(loads: Iterable[Load]) -> Load:
-    """Returns the load of passes that run together: the cost of the costliest, and the tokens of all."""
+    """Returns the load of passes that run together: that of the costliest, but with the tokens of all."""
     each = list(loads)
-    costliest = max(each, key=lambda load: load.cost)
+    costliest = max(each, key=lambda load: (load.cost, load.num_examples))
     return costliest._replace(num_tokens=sum(load.num_tokens for load in each))
 
 
@@ -195,6 +200,24 @@ def as_list(batch: Any, what: str, remedy: str) -> Any:
     if size == 0:
         raise _empty(batch)
     return batch
+
+
+def as_examples(batch: Any) -> Any:
+    """Returns a batch that is to be cut, or raises as :func:`as_list` does."""
+    return as_list(batch, "to be split, a batch", "use accumulation_steps and no micro_batch_size")
+
+
+def _groups(function: CutFunc, examples: List[Any]) -> List[List[Any]]:
+    """Returns the lists that a function of the user has made of the examples."""
+    returned = call("micro_batch_size", function, list(examples))
+    is_nested = isinstance(returned, collections.abc.Iterable)
+    groups = list(returned) if is_nested else []
+    if not is_nested or not all(isinstance(group, collections.abc.Iterable) for group in groups):
+        raise TypeError(
+            f"micro_batch_size must return lists of examples, got {reprlib.repr(returned)} from {function!r}; return a "
+            "list for each micro-batch"
+        )
+    return [list(group) for group in groups]
 
 
 def _empty(batch: Any) -> ValueError:

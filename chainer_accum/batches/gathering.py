@@ -43,7 +43,7 @@ class NumTokens:
     """
 
     def __init__(self, num_tokens: int, length_func: LengthFunc) -> None:
-        self.to_come = 1
+        self.to_come = num_tokens  # at most, because each batch has one or more
         self._missing = num_tokens
         self._length_func = length_func
         self._largest = 0

@@ -12,7 +12,7 @@ from typing import Any, Callable, Hashable, Iterator, List, NamedTuple, Optional
 import chainer
 
 from chainer_accum._arguments import call, check_weight
-from chainer_accum.batches.cutting import Load, as_list, count_examples
+from chainer_accum.batches.cutting import Load, as_examples, as_list, count_examples
 from chainer_accum.batches.gathering import Gathering
 from chainer_accum.batches.sizes import MicroBatchSize
 
@@ -51,6 +51,8 @@ class MicroBatches:
         num_epochs (int): Number of epochs that ended with them.
         num_examples (int): Number of examples read so far, in batches that are lists.
         costliest (int): What the costliest batch so far would cost as one micro-batch.
+        order (list of int): Positions in the window of the examples so far, in the order in which they were cut. Empty
+            if the order is the same.
         shapes: Shapes of the arrays in the first example.
         regular_weight (float): The total weight of the window if every iterator batch weighs as much as the first, or
             ``None`` if the first weighs 0.
@@ -86,6 +88,7 @@ class MicroBatches:
         self.num_epochs = 0
         self.num_examples = 0
         self.costliest = 0
+        self.order: List[int] = []
         self._read_batch()
         first, weight = self._pending[0]
         self.regular_weight: Optional[float] = (1 + gathering.to_come) * weight or None
@@ -104,10 +107,13 @@ class MicroBatches:
         """Restarts the iteration from the first iterator batch."""
         self._size.begin_again()
         self._pending = list(self._read)
+        self.order = []
 
     def _cut(self, batch: Any, weight: float) -> Iterator[MicroBatch]:
         arranged = self._size.arrange(batch)
         self.costliest = max(self.costliest, arranged.cost)
+        start = len(self.order)
+        self.order += [start + position for position in arranged.order]
         for part in self._size.parts(arranged):
             yield MicroBatch(part.examples, weight if part.examples is batch else self._weigh(part.examples), part.load)
 
@@ -137,6 +143,8 @@ class MicroBatches:
 
     def _read_batch(self) -> None:
         batch = self._iterator.next()
+        if not self._size.leaves_whole:
+            as_examples(batch)  # raises if it cannot be cut
         self._gathering.add(batch)
         self.num_batches += 1
         self.num_epochs += bool(self._iterator.is_new_epoch)

@@ -100,11 +100,16 @@ class Schedule:
             first of them, a window is one iterator batch); or a function that takes the updater and returns the number.
         unit (Unit): What the numbers count.
 
+    Attributes:
+        depends_on_data (bool): Whether ranks may have different numbers, because their examples differ.
+
     Raises:
         TypeError: If a number is not an int.
         ValueError: If a number is not possible, an epoch is negative, or the dictionary is empty.
 
     """
+
+    depends_on_data = False
 
     def __init__(self, value: Steps, unit: Optional[Unit] = None) -> None:
         self._unit: Unit = unit or Batches()
@@ -158,11 +163,13 @@ class TokenSchedule(Schedule):
 
     """
 
+    depends_on_data = True
+
     def __init__(self, budget: TokenBudget, num_ranks: int) -> None:
-        if not isinstance(budget.max_tokens, int):
+        if not isinstance(budget.max_tokens, int) or budget.across_window:
             raise ValueError(
-                f"effective_batch_size must have a number of tokens, got {budget!r}; 'auto' is only for "
-                "micro_batch_size"
+                f"effective_batch_size must have a number of tokens and nothing else, got {budget!r}; 'auto' and "
+                "across_window are for micro_batch_size"
             )
         super().__init__(self._unknown)
         self._num_tokens = -(-budget.max_tokens // num_ranks)

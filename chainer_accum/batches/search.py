@@ -44,7 +44,11 @@ class Search:
 
     It first grows from pass to pass, to learn what they take. Then it compares whole windows.
 
+    Args:
+        kind (int): A number for what the windows have in common, or ``None`` if it is not known yet.
+
     Attributes:
+        kind (int): See the argument.
         limit (int): The limit to use now.
         is_growing (bool): Whether each pass may still be twice as large as the one before it.
         is_over (bool): Whether the fastest limit has been found.
@@ -59,7 +63,8 @@ class Search:
     _HOPELESS = 1.5  # a pass that took so much longer than the best is not worth a window
     _CLOSE = 1.2  # windows that differ by less have a second trial
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Optional[int] = None) -> None:
+        self.kind = kind
         self.limit = 1
         self.is_growing = True
         self.is_over = False
@@ -146,24 +151,29 @@ class Search:
         while self.limit >= failed and self.limit > 1:
             self.limit //= 2
 
-    def serialize(self, serializer: chainer.AbstractSerializer) -> None:
-        """Serializes what has been found, so that a resumed run does not search again."""
+    def serialize(self, serializer: chainer.AbstractSerializer, name: str) -> None:
+        """Serializes what has been found under a name, so that a resumed run does not search again."""
         trials = [(limit, second) for limit, seconds in self._windows.items() for second in seconds]
         state = {
             "progress": [self.limit, self.is_growing, self.is_over, self._unit, self._num_windows, self._failed],
+            "kind": [] if self.kind is None else [self.kind],
             "memory": list(self.footprint.measured.items()),
             "passes": list(self._passes.items()),
             "windows": trials,
         }
         if not isinstance(serializer, chainer.Deserializer):
             for key, values in state.items():
-                serializer(key, numpy.array(values, numpy.float64))
+                serializer(f"{name}/{key}", numpy.array(values, numpy.float64))
             return
         with contextlib.suppress(KeyError):  # a snapshot without a search
-            limit, growing, over, unit, windows, failed = map(float, serializer("progress", None))
-            memory, passes, trials = (serializer(key, None).reshape(-1, 2) for key in ("memory", "passes", "windows"))
+            progress, kind, *others = [serializer(f"{name}/{key}", None) for key in state]
+            if progress is None:  # nothing was to be loaded
+                return
+            limit, growing, over, unit, windows, failed = map(float, progress)
+            memory, passes, trials = (array.reshape(-1, 2) for array in others)
             self.limit, self.is_growing, self.is_over = int(limit), bool(growing), bool(over)
             self._unit, self._num_windows, self._failed = int(unit), int(windows), failed
+            self.kind = int(kind[0]) if len(kind) else None
             self.footprint.measured = {int(cost): float(num_bytes) for cost, num_bytes in memory}
             self._passes = {int(limit): float(seconds) for limit, seconds in passes}
             self._windows = {}

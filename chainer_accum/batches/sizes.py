@@ -13,13 +13,7 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, NamedTuple, Op
 import chainer
 
 from chainer_accum._devices import free_memory
-from chainer_accum.batches.cutting import (
-    Arranged,
-    Counted,
-    CutFunc,
-    Load,
-    Part,
-)
+from chainer_accum.batches.cutting import Arranged, Counted, CutFunc, Load, Part
 from chainer_accum.batches.token_budget import TokenBudget
 
 # What an updater takes as micro_batch_size.
@@ -158,7 +152,7 @@ class MicroBatchSize:
 
     def lower(self, failed: int) -> None:
         """Lowers the limit after memory ran out in a micro-batch of two or more examples that costs ``failed``."""
-        self._limit = (failed + 1) // 2
+        self._limit = max((failed + 1) // 2, 1)
 
     def make_room(self, error: OutOfMemory, device: chainer.backend.Device) -> None:
         """Lowers the limit after memory ran out, and frees cached memory on the device of the model.

@@ -19,10 +19,11 @@ class TokenBudget:
 
     As the ``micro_batch_size`` of an updater, it sorts the examples of each iterator batch by length and packs them so
     that the longest length times the number of examples is at most ``max_tokens``. Longer examples come first. The step
-    is that of the whole batch, because distributing examples does not change the gradient.
+    is that of the whole batch, because distributing examples does not change the gradient. Each update reports
+    ``padding``, the share of positions that hold no token.
 
     As the ``effective_batch_size`` of an updater, it gathers iterator batches until their examples have at least
-    ``max_tokens`` tokens, without padding.
+    ``max_tokens`` tokens, without padding. With several ranks, each rank gathers its share.
 
     .. code-block:: python
 
@@ -30,10 +31,11 @@ class TokenBudget:
         updater = chainer_accum.AccumulatingUpdater(iterator, optimizer, micro_batch_size=budget)
 
     Args:
-        max_tokens: The largest number of tokens in a micro-batch; or ``'auto'``, to find the number that makes updates
-            fastest and fits in memory.
+        max_tokens: The largest number of tokens in a micro-batch. If an example alone is longer, the update raises
+            ValueError. ``'auto'`` finds the number that makes updates fastest and fits in memory.
         length_func (callable): Function that takes an example, as the iterator returned it, and returns its length; or
-            several lengths, such as those of source and target, of which the longest counts.
+            several lengths, such as those of source and target, of which the longest counts. An empty example counts as
+            one token.
         across_window (bool): Whether to sort the examples of all iterator batches of an update together, rather than
             those of each iterator batch. The update then keeps all its examples in memory until it ends.
 
@@ -44,9 +46,8 @@ class TokenBudget:
     """
 
     def __init__(self, max_tokens: Union[int, str], length_func: LengthFunc, *, across_window: bool = False) -> None:
-        if max_tokens != "auto":
-            remedy = "use 'auto' to find the fastest"
-            max_tokens = check_int("max_tokens", max_tokens, 1, remedy)
+        if not isinstance(max_tokens, str) or max_tokens != "auto":
+            max_tokens = check_int("max_tokens", max_tokens, 1, "use 'auto' to find the fastest")
         check_callable("length_func", length_func, "pass a function that returns the length of an example")
         check_bool("across_window", across_window, "use True to sort the examples of a whole update")
         self.max_tokens = max_tokens

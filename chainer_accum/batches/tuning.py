@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 import time
+import zlib
 from typing import Any, Dict, Hashable, Iterator, Optional, Tuple
 
 import chainer
@@ -41,8 +42,8 @@ class TunedMicroBatchSize(MicroBatchSize):
         super().__init__(**kwargs)
         self._share = make_share(memory_limit)
         self._search = Search()
-        self._searches: Dict[Hashable, Search] = {}
-        self._last_kind: Hashable = None
+        self._searches: Dict[int, Search] = {}
+        self._last_kind: Optional[int] = None
         self._device: Optional[chainer.backend.Device] = None
         self._memory: Optional[Memory] = None
         self._ceiling = math.inf
@@ -117,22 +118,25 @@ class TunedMicroBatchSize(MicroBatchSize):
             taken = self._peak - self._in_use
             self._search.end_window(seconds if is_homogeneous else None, self._costliest, taken, largest, self._room())
         if self._unit == EXAMPLES:
-            self._change_kind((kind, largest))
+            self._change_kind(zlib.crc32(repr((kind, largest)).encode()))
         return observation
 
     def serialize(self, serializer: chainer.AbstractSerializer) -> None:
-        self._search.serialize(serializer)
+        self._search.serialize(serializer, self._unit.limit)
+        if isinstance(serializer, chainer.Deserializer):
+            self._searches = {}
 
     def _room(self) -> float:
         """Returns the bytes that are free."""
         return math.inf if self._memory is None else self._ceiling - self._memory.in_use()
 
-    def _change_kind(self, kind: Hashable) -> None:
+    def _change_kind(self, kind: int) -> None:
         """Continues with the search for windows of this kind, if two in a row are of it."""
-        if not self._searches:
-            self._searches[kind] = self._search
-        elif kind == self._last_kind:
-            self._search = self._searches.setdefault(kind, Search())
+        if self._search.kind is None:
+            self._search.kind = kind
+        self._searches[self._search.kind] = self._search
+        if kind == self._last_kind:
+            self._search = self._searches.setdefault(kind, Search(kind))
         self._last_kind = kind
 
 

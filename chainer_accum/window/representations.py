@@ -28,20 +28,23 @@ class Representations:
 
     Args:
         parts: The output for each micro-batch, by name. The Variables in it receive gradients.
+        order: Positions in the window of the examples in the micro-batches, or nothing if they are in order.
 
     """
 
-    def __init__(self, parts: Sequence[Dict[_Name, _Value]]) -> None:
+    def __init__(self, parts: Sequence[Dict[_Name, _Value]], order: Sequence[int]) -> None:
         self._whole: Dict[_Name, _Value] = {}
-        self._rows: Dict[_Name, List[slice]] = {}
+        self._rows: Dict[_Name, List[Any]] = {}  # slices, or arrays of indices
         self._differences: List[Array] = []  # whether each replayed output differs, as values on their device
         for name, first in parts[0].items():
             arrays = [chainer.as_array(part[name]) for part in parts]
-            with device_of(arrays[0]):
-                whole = chainer.backend.get_array_module(arrays[0]).concatenate(arrays)
-            self._whole[name] = chainer.Variable(whole) if isinstance(first, chainer.Variable) else whole
             ends = numpy.cumsum([len(array) for array in arrays]).tolist()
             self._rows[name] = [slice(start, end) for start, end in zip([0, *ends], ends)]
+            with device_of(arrays[0]):
+                whole = chainer.backend.get_array_module(arrays[0]).concatenate(arrays)
+                if order:
+                    whole = self._put_in_order(name, whole, order)
+            self._whole[name] = chainer.Variable(whole) if isinstance(first, chainer.Variable) else whole
 
     @property
     def has_gradient(self) -> bool:
@@ -75,6 +78,19 @@ class Representations:
         """Raises RuntimeError unless the encoder returned the same values both times."""
         if any(map(bool, self._differences)):
             raise RuntimeError(_NO_REPLAY)
+
+    def _put_in_order(self, name: _Name, rows: Array, order: Sequence[int]) -> Array:
+        """Returns the rows as the examples are in the window, because a loss may depend on their order."""
+        if len(rows) != len(order):
+            raise ValueError(
+                "encoder must return one row per example if the examples are sorted or grouped, got "
+                f"{len(rows)} rows for {len(order)} examples; return several values for an example as a tuple"
+            )
+        positions = chainer.backend.get_array_module(rows).array(order)
+        whole = rows.copy()
+        whole[positions] = rows
+        self._rows[name] = [positions[each] for each in self._rows[name]]
+        return whole
 
     def _variables(self) -> Dict[_Name, chainer.Variable]:
         return {name: value for name, value in self._whole.items() if isinstance(value, chainer.Variable)}

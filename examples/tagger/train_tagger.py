@@ -1,14 +1,15 @@
-"""Trains one tagger of variable-length sequences four ways, three of which should end in the same parameters.
+"""Trains one tagger of variable-length sequences five ways, four of which should end in the same parameters.
 
 (a) with StandardUpdater and the whole batch at once,
 (b) with AccumulatingUpdater, which gathers smaller batches of the iterator until they make up that batch,
 (c) with AccumulatingUpdater, which splits that batch,
-(d) like (b), but without weight_func, so that micro-batches are weighted by sequences and not by tokens.
+(d) like (c), but sorted by length and with a limit on the tokens of a micro-batch,
+(e) like (b), but without weight_func, so that micro-batches are weighted by sequences and not by tokens.
 
 The sequences are lines of the standard library, cut into tokens; the tags are the kinds of token. The network sees all
 rare tokens as the same word, and tells rare names, strings and numbers apart by what comes before. The loss is the mean
 over all tokens of the batch, and some lines have many more tokens than others. The program writes a table that compares
-the four, and a folder for each with its log.
+the five, and a folder for each with its log.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ N_UNITS = 64
 Example = Tuple[numpy.ndarray, numpy.ndarray]  # words and tags of a line
 
 
-# The four ways. They differ only in the updater and, for (b) and (d), in the size of the iterator's batches.
+# The five ways. They differ only in the updater and, for (b) and (e), in the size of the iterator's batches.
 
 
 def full_batch(train: Any, optimizer: Any, args: argparse.Namespace) -> StandardUpdater:
@@ -79,8 +80,20 @@ def split(train: Any, optimizer: Any, args: argparse.Namespace) -> StandardUpdat
     )
 
 
+def split_by_tokens(train: Any, optimizer: Any, args: argparse.Namespace) -> StandardUpdater:
+    """(d) As many lines of similar length are one forward/backward pass as have so many tokens, padding included."""
+    return chainer_accum.AccumulatingUpdater(
+        make_iterator(train, args.batch_size),
+        optimizer,
+        converter=convert,
+        device=args.device,
+        micro_batch_size=chainer_accum.TokenBudget(args.max_tokens, lambda line: len(line[0])),
+        weight_func=count_tokens,
+    )
+
+
 def gathered_by_sequences(train: Any, optimizer: Any, args: argparse.Namespace) -> StandardUpdater:
-    """(d) Like (b), but a token in a micro-batch of short lines counts for more than one among long lines."""
+    """(e) Like (b), but a token in a micro-batch of short lines counts for more than one among long lines."""
     return chainer_accum.AccumulatingUpdater(
         make_iterator(train, args.micro_batch_size),
         optimizer,
@@ -146,7 +159,8 @@ def main() -> None:
         train_one_way(full_batch, f"(a) StandardUpdater, batches of {args.batch_size}", corpus, args),
         train_one_way(gathered, f"(b) AccumulatingUpdater, accumulation_steps={steps}", corpus, args),
         train_one_way(split, f"(c) AccumulatingUpdater, micro_batch_size={args.micro_batch_size}", corpus, args),
-        train_one_way(gathered_by_sequences, "(d) as (b), without weight_func", corpus, args),
+        train_one_way(split_by_tokens, f"(d) AccumulatingUpdater, TokenBudget({args.max_tokens})", corpus, args),
+        train_one_way(gathered_by_sequences, "(e) as (b), without weight_func", corpus, args),
     ]
     show_table([make_row(result, results[0]) for result in results], args.out)
 
@@ -157,6 +171,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lines", type=int, default=1500, help="number of lines, of training and validation together")
     parser.add_argument("--batch-size", type=positive, default=128, help="lines per update (the effective batch)")
     parser.add_argument("--micro-batch-size", type=positive, default=32, help="lines per forward/backward pass")
+    parser.add_argument("--max-tokens", type=positive, default=256, help="tokens per forward/backward pass, for (d)")
     parser.add_argument("--lr", type=float, default=1, help="learning rate")
     args = parser.parse_args()
     if args.lines < 2:

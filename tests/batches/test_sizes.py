@@ -236,6 +236,37 @@ def test_a_resumed_run_on_a_machine_with_less_memory_begins_with_what_fits(make_
     assert max(machine.sizes) == 16
 
 
+def test_a_resumed_run_that_begins_with_a_single_odd_window_does_not_search_again(make_machine):
+    machine = make_machine(valley(64))
+    size, resumed = make_micro_batch_size("auto"), make_micro_batch_size("auto")
+    machine.run(size, 10)
+    saved = chainer.serializers.DictionarySerializer()
+    size.serialize(saved)
+    resumed.serialize(chainer.serializers.NpzDeserializer(saved.target))
+    machine.run(resumed, 1, examples=100)  # the tail of an epoch
+    assert all("seconds_per_example" not in report for report in machine.run(resumed, 5))
+    assert resumed.limit == 64
+
+
+def test_a_size_that_was_found_is_not_taken_for_a_budget(make_machine):
+    machine = make_machine(valley(64))
+    size = make_micro_batch_size("auto")
+    machine.run(size, 10)
+    saved = chainer.serializers.DictionarySerializer()
+    size.serialize(saved)
+    budget = make_micro_batch_size(chainer_accum.TokenBudget("auto", int))
+    budget.serialize(chainer.serializers.NpzDeserializer(saved.target))
+    assert (budget.limit, budget.timings) == (1, {})
+
+
+def test_a_snapshot_without_a_search_leaves_the_search_as_it_is(make_machine):
+    size = make_micro_batch_size("auto")
+    make_machine(valley(64)).run(size, 10)
+    for strict in (True, False):
+        size.serialize(chainer.serializers.NpzDeserializer({}, strict=strict))
+        assert size.limit == 64
+
+
 def test_where_memory_cannot_be_measured_the_search_begins_with_a_usual_size(make_machine, monkeypatch):
     machine = make_machine(valley(32))
     monkeypatch.setattr(tuning, "memory_of", lambda device: None)
@@ -357,5 +388,7 @@ def test_a_snapshot_has_the_choice_and_one_of_standard_updater_loads(tmp_path):
     run(standard, 1)
     chainer.serializers.save_npz(tmp_path / "standard.npz", standard)
     chainer.serializers.load_npz(tmp_path / "standard.npz", make(micro_batch_size="auto"))
+    chainer_accum.load_snapshot(tmp_path / "auto.npz", make(micro_batch_size="auto"))
+    chainer_accum.load_snapshot(tmp_path / "auto.npz", make(micro_batch_size=8))
     with numpy.load(tmp_path / "standard.npz") as saved, numpy.load(tmp_path / "auto.npz") as auto:
         assert set(saved.files) < set(auto.files)

@@ -64,7 +64,7 @@ def test_the_updater_takes_the_arguments_of_the_cheat_sheet(heading):
     rows = table_below((DOCS / "cheat_sheet.md").read_text(encoding="utf-8"), heading)
     assert len(rows) > 1
     for _, cell, *_ in rows:
-        arguments = eval(f"dict({cell.strip('`')})", {"count_targets": len})
+        arguments = eval(f"dict({cell.strip('`')})", {"count_targets": len, "TokenBudget": chainer_accum.TokenBudget})
         optimizer = chainer.optimizers.SGD().setup(make_model())
         chainer_accum.AccumulatingUpdater(serial(make_dataset(), 4), optimizer, **arguments)
 

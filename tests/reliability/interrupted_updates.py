@@ -148,6 +148,7 @@ def _loss_of_encoded(y: chainer.Variable, t: Any) -> chainer.Variable:
 
 split = functools.partial(_with_updater, micro_batch_size=SIZE)
 gathered = functools.partial(_with_updater, batch_size=SIZE, accumulation_steps=STEPS)
+by_label = chainer_accum.TokenBudget(2 * SIZE, lambda example: 1 + int(example[1]), across_window=True)
 UPDATES: Dict[str, Callable[[], Update]] = {
     "split": split,
     "split, not kept for want of memory": functools.partial(split, split_when_out_of_memory=False),
@@ -162,6 +163,7 @@ UPDATES: Dict[str, Callable[[], Update]] = {
     "scaled dynamically": functools.partial(split, is_scaled=True),
     "split, in lockstep": functools.partial(split, lockstep="memory"),
     "gathered, in lockstep": functools.partial(gathered, lockstep="file"),
+    "gathered, cut by length": functools.partial(gathered, micro_batch_size=by_label),
     "cached": functools.partial(split, updater_class=chainer_accum.CachedGradientUpdater, loss_func=_loss_of_encoded),
     "block": _with_block,
     "block, in lockstep": functools.partial(_with_block, lockstep="memory"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import chainer_accum
 import chainer
 import chainer.functions as F
@@ -10,6 +12,7 @@ import pytest
 from chainer_accum import (
     AccumulatingUpdater,
     CachedGradientUpdater,
+    TokenBudget,
     accumulate,
     check_equivalence,
     create_accumulating_optimizer,
@@ -32,9 +35,15 @@ from chainer_accum.extensions import (
 from helpers import make_dataset, make_model, serial
 
 STEPS = "must be an int of 1 or more, got {}; use 1 to disable accumulation"
-SIZE = "must be an int of 1 or more, got {}; use None to leave batches whole, or 'auto' to find the fastest"
+SIZE = "must be an int of 1 or more, got {}; use None to leave batches whole, 'auto' to find the fastest, a "
+SIZE += "TokenBudget, or a function"
 NUMBER = "must be a number, got {}; give the number of examples, tokens or valid labels"
 FINITE = "must be finite and not negative, got {}; use 0 to leave a micro-batch out"
+TOKENS = "max_tokens must be an int of 1 or more, got {}; use 'auto' to find the fastest"
+LENGTH = "the value of length_func must be an int of 0 or more, got {}; return a length, or a tuple of lengths"
+CUT = "micro_batch_size must return each example once, in lists that are not empty, got {} from <function "
+BYTES = "memory_limit must be an int of 1 or more, got {}; give bytes, or a share such as '80%'"
+SHARE = "memory_limit must be between '0%' and '100%', got {}; give bytes, or a share such as '80%'"
 NOT_SET_UP = "must be set up with a model, got {} without one; call optimizer.setup(model) first"
 LOSS = "the loss function must return a chainer.Variable, got {}; return the loss as one scalar Variable"
 SCALAR = "the loss must be a scalar, got a Variable of shape {}; reduce it, for example with F.mean(loss)"
@@ -105,7 +114,7 @@ def skip(answer):
 def multi_node():
     from chainermn.optimizers import _MultiNodeOptimizer  # without create_multi_node_optimizer, which asks for MPI
 
-    return _MultiNodeOptimizer(optimizer(), object(), True)
+    return _MultiNodeOptimizer(optimizer(), types.SimpleNamespace(size=2), True)
 
 
 def loss_and(*others):
@@ -329,6 +338,60 @@ BAD_INPUTS = {
         TypeError,
         "micro_batch_size " + SIZE.format("'fast'"),
     ),
+    "no tokens in a micro-batch": (lambda: TokenBudget(0, len), ValueError, TOKENS.format("0")),
+    "tokens in floating point": (lambda: TokenBudget(4096.0, len), TypeError, TOKENS.format("4096.0")),
+    "a budget by another name": (lambda: TokenBudget("fast", len), TypeError, TOKENS.format("'fast'")),
+    "a length for a length function": (
+        lambda: TokenBudget(4096, 12),
+        TypeError,
+        "length_func must be callable, got 12; pass a function that returns the length of an example",
+    ),
+    "a number of batches to sort": (
+        lambda: TokenBudget(4096, len, across_window=4),
+        TypeError,
+        "across_window must be True or False, got 4; use True to sort the examples of a whole update",
+    ),
+    "a budget for the number of iterator batches": (
+        lambda: updater(accumulation_steps=TokenBudget(4096, abs)),
+        TypeError,
+        "accumulation_steps must be an int of 1 or more, got TokenBudget(4096, <built-in function abs>, across_window=",
+    ),
+    "an effective batch whose tokens are to be found": (
+        lambda: updater(effective_batch_size=TokenBudget("auto", len)),
+        ValueError,
+        "effective_batch_size must have a number of tokens and nothing else, got TokenBudget('auto', <built-in",
+    ),
+    "an effective batch that sorts": (
+        lambda: updater(effective_batch_size=TokenBudget(64, len, across_window=True)),
+        ValueError,
+        "effective_batch_size must have a number of tokens and nothing else, got TokenBudget(64, <built-in function",
+    ),
+    "a search that may not restart": (
+        lambda: updater(micro_batch_size=TokenBudget("auto", len), split_when_out_of_memory=False),
+        ValueError,
+        "split_when_out_of_memory must not be False with micro_batch_size='auto', got False; a size that is",
+    ),
+    "a memory limit that is a fraction": (
+        lambda: updater(micro_batch_size="auto", memory_limit=0.8),
+        TypeError,
+        BYTES.format("0.8"),
+    ),
+    "no memory": (lambda: updater(micro_batch_size="auto", memory_limit=0), ValueError, BYTES.format("0")),
+    "a memory limit in another unit": (
+        lambda: updater(micro_batch_size="auto", memory_limit="8 GB"),
+        ValueError,
+        SHARE.format("'8 GB'"),
+    ),
+    "more memory than there is": (
+        lambda: updater(micro_batch_size="auto", memory_limit="120%"),
+        ValueError,
+        SHARE.format("'120%'"),
+    ),
+    "a memory limit without a search": (
+        lambda: updater(micro_batch_size=4, memory_limit="80%"),
+        ValueError,
+        "memory_limit must be None unless the size of micro-batches is searched for, got '80%'; set micro_batch_size=",
+    ),
     "splitting that is no choice": (
         lambda: updater(split_when_out_of_memory=1),
         TypeError,
@@ -500,6 +563,56 @@ BAD_INPUTS = {
         lambda: AccumulatingUpdater(iterator(), multi_node(), skip_update=bool),
         ValueError,
         "skip_update must be None with a multi-node optimizer, got one with a communicator: each rank would decide by",
+    ),
+    "an example that is longer than the budget": (
+        lambda: updater(micro_batch_size=TokenBudget(4, lambda example: 5)).update(),
+        ValueError,
+        "max_tokens must be at least the length of the longest example, got 4 for an example of 5 tokens; increase it",
+    ),
+    "a length in floating point": (
+        lambda: updater(micro_batch_size=TokenBudget(4, lambda example: 2.0)).update(),
+        TypeError,
+        LENGTH.format("2.0"),
+    ),
+    "a negative length": (
+        lambda: updater(effective_batch_size=TokenBudget(4, lambda example: -1)).update(),
+        ValueError,
+        LENGTH.format("-1"),
+    ),
+    "no lengths": (
+        lambda: updater(micro_batch_size=TokenBudget(4, lambda example: ())).update(),
+        ValueError,
+        "the value of length_func must have at least one length, got (); return a length, or a tuple of lengths",
+    ),
+    "a cut that loses examples": (
+        lambda: updater(micro_batch_size=lambda examples: [examples[1:]]).update(),
+        ValueError,
+        CUT.format("1 missing"),
+    ),
+    "a cut that repeats examples": (
+        lambda: updater(micro_batch_size=lambda examples: [examples, examples[:2]]).update(),
+        ValueError,
+        CUT.format("2 too many"),
+    ),
+    "a cut that copies examples": (
+        lambda: updater(micro_batch_size=lambda examples: [[tuple([*example]) for example in examples]]).update(),
+        ValueError,
+        CUT.format("6 too many and 6 missing"),
+    ),
+    "a cut with an empty list": (
+        lambda: updater(micro_batch_size=lambda examples: [examples, []]).update(),
+        ValueError,
+        CUT.format("an empty list"),
+    ),
+    "a cut without lists": (
+        lambda: updater(micro_batch_size=len).update(),
+        TypeError,
+        "micro_batch_size must return lists of examples, got 6 from <built-in function len>; return a list for each",
+    ),
+    "a batch to be gathered by its tokens that is no list": (
+        lambda: update_with(tuple, accumulation_steps=1, effective_batch_size=TokenBudget(4, len)),
+        TypeError,
+        "to be counted by its tokens, a batch must be a list of examples, got a tuple from the iterator; use accumula",
     ),
     "an empty batch": (
         lambda: update_with(list, accumulation_steps=2),

@@ -11,7 +11,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy
 import pytest
-from chainer_accum import AccumulatingUpdater, accumulate, create_accumulating_optimizer
+from chainer_accum import AccumulatingUpdater, TokenBudget, accumulate, create_accumulating_optimizer
 from chainer import optimizers
 from chainer.serializers import load_npz, save_npz
 from chainer.training import Trainer
@@ -524,10 +524,15 @@ def test_where_links_communicate_or_parameters_are_new_a_window_cannot_begin_aga
     run_ranks(1, program)
 
 
-def test_the_ranks_cannot_each_tune_where_links_communicate():
+def test_the_ranks_cannot_each_cut_or_gather_as_they_like_where_links_communicate():
+    refused = [("micro_batch_size", value) for value in ("auto", TokenBudget(8, len), lambda examples: [examples])]
+    refused += [("effective_batch_size", TokenBudget(8, len))]
+    message = "micro_batch_size and effective_batch_size must be numbers or None if links of the model communicate, got"
+
     def program(communicator):
-        with pytest.raises(ValueError, match="micro_batch_size must be a number or None if links .*, got 'auto'"):
-            AccumulatingUpdater(serial(DATASET, 8), communicating(communicator), micro_batch_size="auto")
+        for name, value in refused:
+            with pytest.raises(ValueError, match=message):
+                AccumulatingUpdater(serial(DATASET, 8), communicating(communicator), **{name: value})
         optimizer = make_multi_node(momentum_sgd(), communicator).setup(ready_model())
         updater = AccumulatingUpdater(serial(DATASET, 8), optimizer, micro_batch_size="auto")
         for _ in range(12):
