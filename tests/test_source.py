@@ -24,6 +24,8 @@ ON_THE_HOST: Dict[str, Tuple[str, str]] = {
         "it looks for the library of NumPy, which takes only its arrays",
         "__file__ ascontiguousarray",
     ),
+    "_doctor/blas.py": ("it measures the library of NumPy, which takes only its arrays", "*"),
+    "_doctor/packages.py": ("it is about the module itself", "__version__"),
     "_compat/names.py": ("it is about the module itself", "*"),
     "window/convolution.py": ("only NumPy's arrays go there", "pad lib"),
     "diagnostics/trials.py": ("gradients are sent to the host to be compared", "array"),
@@ -105,7 +107,7 @@ WINGS: Dict[str, Tuple[str, ...]] = {
     "state": (),
     "observations": (),
 }
-NEIGHBOURS = {"_arguments", "_devices"}
+NEIGHBOURS = {"_arguments", "_devices", "_remedies"}
 
 
 def imports(name: str) -> Iterator[Tuple[int, str]]:
@@ -164,7 +166,7 @@ def private_names_used() -> Set[str]:
                 (defined if is_own and isinstance(node.ctx, ast.Store) else used).add(node.attr)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 defined.add(node.id)
-    return used - defined - {"_replace"}  # a public method of named tuples
+    return used - defined - {"_replace", "_asdict"}  # public methods of named tuples
 
 
 def test_each_private_name_of_chainer_has_a_reason() -> None:

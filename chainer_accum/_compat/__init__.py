@@ -1,12 +1,13 @@
 """What Chainer 7.8.1, and programs of its time, look up in newer versions of Python, NumPy and setuptools.
 
-It knows nothing of accumulation, and imports from no other part of the package.
+It knows nothing of accumulation. Of the rest of the package, it imports only the commands that its errors name.
 """
 
 from chainer_accum._compat import names, old_names, requirement
+from chainer_accum._compat.names import names_to_restore
 from chainer_accum._compat.old_names import restore_removed_names
 
-__all__ = ["prepare_chainer", "restore_removed_names"]
+__all__ = ["names_to_restore", "prepare_chainer", "restore_removed_names"]
 
 
 def prepare_chainer() -> None:

@@ -13,11 +13,11 @@ import os
 import sys
 import types
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, List, NamedTuple
 
 import numpy
 
-from chainer_accum._compat.stand_ins import show_stand_ins_to_chainer
+from chainer_accum._compat.stand_ins import missing_modules, show_stand_ins_to_chainer
 
 
 class MissingName(NamedTuple):
@@ -65,6 +65,16 @@ def restore_missing_names() -> None:
             setattr(numpy, missing.name, missing.value)
     show_stand_ins_to_chainer()
     _forget_failed_import()
+
+
+def names_to_restore() -> List[str]:
+    """Returns what Chainer looks up and the installed packages lack, whether or not it has been restored."""
+    of_numpy = [
+        f"numpy.{missing.name}"
+        for missing in MISSING_NAMES
+        if lacks(numpy, missing.name) or vars(numpy).get(missing.name) is missing.value
+    ]
+    return of_numpy + missing_modules()
 
 
 def lacks(module: types.ModuleType, name: str) -> bool:

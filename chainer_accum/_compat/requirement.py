@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from chainer_accum._remedies import INSTALL_CHAINER, RUN_DOCTOR
+
 
 def require_chainer() -> None:
     """Raises an :class:`ImportError` that says how to install Chainer, if it is missing or too old."""
@@ -21,6 +23,6 @@ def require_chainer() -> None:
         found = "none"
     if found == "none" or not (7, 8, 1) <= tuple(map(int, re.findall(r"\d+", found)[:3])) < (8,):
         raise ImportError(
-            f"chainer_accum needs Chainer 7.8.1 and found {found}. Install it with:\n"
-            '    pip install "setuptools>=70.1,<82" && pip install --no-build-isolation "chainer>=7.8.1"'
+            f"chainer_accum needs Chainer 7.8.1 and found {found}.\nInstall it with:\n    {INSTALL_CHAINER}\n"
+            f"To examine the whole environment, run:\n    {RUN_DOCTOR}"
         )

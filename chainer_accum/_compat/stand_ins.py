@@ -17,7 +17,7 @@ import importlib.machinery
 import sys
 import types
 import warnings
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 IMPORTED_BY = ("chainer._environment_check", "chainer.testing.helper", "chainer.testing.doctest_helper")
 
@@ -44,16 +44,28 @@ STAND_INS: Dict[str, Callable[[], object]] = {
 }
 
 
+def missing_modules() -> List[str]:
+    """Returns the names of the modules that Chainer needs and that cannot be imported."""
+    return [name for name in STAND_INS if _import_real(name) is None]
+
+
 def _import(name: str, *arguments: Any) -> object:
     """Does what the statement ``import`` does, and falls back on a stand-in."""
     if name not in STAND_INS:
         return builtins.__import__(name, *arguments)
+    module = _import_real(name, *arguments)
+    return STAND_INS[name]() if module is None else module
+
+
+def _import_real(name: str, *arguments: Any) -> Optional[object]:
+    """Does what the statement ``import`` does, or returns ``None`` if there is no such module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is Chainer that imports what is deprecated, and Chainer stays as it is
         try:
-            return builtins.__import__(name, *arguments)
+            module: object = builtins.__import__(name, *arguments)
+            return module
         except Exception:  # not only ImportError: pkg_resources of 2022 on Python 3.12 dies of an AttributeError
-            return STAND_INS[name]()
+            return None
 
 
 class _Finder(importlib.abc.MetaPathFinder):
