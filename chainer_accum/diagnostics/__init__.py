@@ -6,5 +6,6 @@ would; nothing else in chainer_accum imports it.
 
 from chainer_accum.diagnostics.causes import Cause
 from chainer_accum.diagnostics.equivalence import Equivalence, check_equivalence
+from chainer_accum.diagnostics.programs import WrongProgram, check_program
 
-__all__ = ["Cause", "Equivalence", "check_equivalence"]
+__all__ = ["Cause", "Equivalence", "WrongProgram", "check_equivalence", "check_program"]
