@@ -1,21 +1,24 @@
 """Exact gradient accumulation for Chainer."""
 
-from chainer_accum._compat import prepare_chainer, restore_removed_names
-
-prepare_chainer()
-
-from chainer_accum import extensions as extensions  # noqa: E402
-from chainer_accum import functions as functions  # noqa: E402
-from chainer_accum.accumulation import accumulate  # noqa: E402
-from chainer_accum.batches import TokenBudget  # noqa: E402
-from chainer_accum.cached_gradients import CachedGradientUpdater  # noqa: E402
-from chainer_accum.diagnostics import check_equivalence  # noqa: E402
-from chainer_accum.optimizer import create_accumulating_optimizer  # noqa: E402
-from chainer_accum.state import load_snapshot  # noqa: E402
-from chainer_accum.training import setup_trainer_with_accumulation, train_model  # noqa: E402
-from chainer_accum.updater import AccumulatingUpdater  # noqa: E402
+from chainer_accum._failed_import import CommandIfCalled
 
 __version__ = "0.1.0.dev0"
+
+with CommandIfCalled():
+    from chainer_accum._compat import prepare_chainer, restore_removed_names
+
+    prepare_chainer()
+
+    from chainer_accum import extensions as extensions
+    from chainer_accum import functions as functions
+    from chainer_accum.accumulation import accumulate
+    from chainer_accum.batches import TokenBudget
+    from chainer_accum.cached_gradients import CachedGradientUpdater
+    from chainer_accum.diagnostics import check_equivalence
+    from chainer_accum.optimizer import create_accumulating_optimizer
+    from chainer_accum.state import load_snapshot
+    from chainer_accum.training import setup_trainer_with_accumulation, train_model
+    from chainer_accum.updater import AccumulatingUpdater
 
 # Not "extensions": programs often import chainer.training.extensions under that name.
 __all__ = [

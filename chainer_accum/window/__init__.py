@@ -4,6 +4,7 @@ A window knows losses, gradients and optimizers, but not iterators or examples. 
 ``state`` and ``observations``.
 """
 
+from chainer_accum.window.blas import add_matrix_product, adds_products_in_place
 from chainer_accum.window.distributed import (
     communicator_of,
     join_remaining_updates,
@@ -27,6 +28,8 @@ __all__ = [
     "Weights",
     "Window",
     "WindowOptions",
+    "add_matrix_product",
+    "adds_products_in_place",
     "by_name",
     "communicator_of",
     "copies_of",

@@ -51,6 +51,11 @@ def add_matrix_product(total: Array, a: Array, b: Array) -> None:
     total += a.T.dot(b)
 
 
+def adds_products_in_place() -> bool:
+    """Returns whether products on the host are added while they are computed."""
+    return _gemm("f") is not None
+
+
 def _add_on_host(gemm: Callable[..., None], total: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> None:
     (k, m), n = a.shape, b.shape[1]
     # The library can read an array or its transpose, so neither has to be copied.
