@@ -45,8 +45,8 @@ def check_products_in_place() -> Finding:
     in_place, apart = _measure(import_quietly("numpy"))
     return Finding(
         OK,
-        f"yes: a weight gradient of {_UNITS} x {_UNITS} from {_EXAMPLES} examples takes {1e3 * in_place:.2f} ms, and "
-        f"{1e3 * apart:.2f} ms if computed and then added",
+        f"yes: {1e3 * in_place:.2f} ms instead of {1e3 * apart:.2f} ms for a weight gradient of {_UNITS} x {_UNITS} "
+        f"from {_EXAMPLES} examples",
     )
 
 
