@@ -14,7 +14,7 @@ from chainer_accum.lockstep import StoreSpec, make_lockstep_policy
 from chainer_accum.observations import ObservationRules, Observations, Reported, Rule
 from chainer_accum.optimizer import check_not_accumulating
 from chainer_accum.state import DeferredSignals
-from chainer_accum.window import ReportWeight, SkipUpdate, Window, WindowOptions, communicator_of, window_class
+from chainer_accum.window import ReportWeight, SkipUpdate, Window, WindowOptions, window_class
 
 
 def accumulate(
@@ -98,11 +98,6 @@ def accumulate(
     check_bool("update", update, "use False to update with the gradients yourself")
     if not update and skip_update is not None:
         raise ValueError("skip_update must be None with update=False, got both; decide before you call the optimizer")
-    if not update and communicator_of(optimizer) is not None:
-        raise ValueError(
-            "update must be True with a multi-node optimizer, got False: the ranks average their gradients in the "
-            "update; use hooks of the optimizer, or a single process"
-        )
     if expected_weight is not None and check_weight(expected_weight, "expected_weight") == 0:
         raise ValueError("expected_weight must be positive, got 0; use None if it is not known")
     rules = ObservationRules(observation_rules)

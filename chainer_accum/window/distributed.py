@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Type
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence
 
 import chainer
 import numpy
 
-from chainer_accum._devices import device_of
+from chainer_accum._devices import Array, device_of
 from chainer_accum.observations import reporting_to
-from chainer_accum.window.lockstep_window import LockstepWindow
-from chainer_accum.window.options import DEFAULTS, WindowOptions
+from chainer_accum.window.ranks import links_communicate
 from chainer_accum.window.shared_parameters import share_parameters
 from chainer_accum.window.terms import Weight, kind_of
 from chainer_accum.window.window import Window
@@ -35,72 +33,6 @@ from chainer_accum.window.window import Window
 if TYPE_CHECKING:
     from chainermn.communicators.communicator_base import CommunicatorBase
     from chainermn.optimizers import _MultiNodeOptimizer
-
-
-def communicator_of(optimizer: chainer.Optimizer) -> Optional[CommunicatorBase]:
-    """Returns the communicator of a multi-node optimizer, or ``None`` for any other optimizer.
-
-    Raises:
-        ValueError: If the optimizer uses double buffering.
-
-    """
-    chainermn = sys.modules.get("chainermn.optimizers")  # if it is not imported, there is no such optimizer
-    if chainermn is None:
-        return None
-    if isinstance(optimizer, chainermn._DoubleBufferingOptimizer):
-        raise ValueError(
-            "optimizer must not use double buffering, got double_buffering=True: it would update with the gradients of "
-            "the previous window, and drop the first two; call create_multi_node_optimizer without it"
-        )
-    return optimizer.communicator if isinstance(optimizer, chainermn._MultiNodeOptimizer) else None
-
-
-def window_class(optimizer: chainer.Optimizer, options: WindowOptions = DEFAULTS) -> Type[Window]:
-    """Returns the class of the windows that an optimizer and its options need.
-
-    Raises:
-        ValueError: If the optimizer is a multi-node one, and passes are to run in lockstep or updates to be skipped.
-
-    """
-    if communicator_of(optimizer) is None:
-        return Window if options.lockstep is None else LockstepWindow
-    if options.skip_update is not None:
-        raise ValueError(
-            "skip_update must be None with a multi-node optimizer, got one with a communicator: each rank would decide "
-            "by its own gradient; use a hook of the optimizer, such as GradientClipping, or a single process"
-        )
-    if options.lockstep is not None:
-        raise ValueError(
-            "lockstep must be None with a multi-node optimizer, got one with a communicator: each rank would see the "
-            "statistics of its own examples only; use MultiNodeBatchNormalization, or a single process"
-        )
-    return MultiNodeWindow
-
-
-def links_communicate(optimizer: chainer.Optimizer) -> bool:
-    """Returns whether forward passes of the model wait for those of other ranks."""
-    return communicator_of(optimizer) is not None and any(map(_communicates, optimizer.target.links()))
-
-
-def join_update(optimizer: chainer.Optimizer, options: WindowOptions) -> bool:
-    """Takes part in an update of the other ranks with a window that has no micro-batches.
-
-    Returns:
-        bool: Whether there was an update. There is none on a single process, or if no rank has a micro-batch.
-
-    """
-    if communicator_of(optimizer) is None:
-        return False
-    window = MultiNodeWindow(optimizer, options)
-    window.update()
-    chainer.report(window.observation)
-    return window.has_data
-
-
-def join_remaining_updates(optimizer: chainer.Optimizer, options: WindowOptions) -> None:
-    """Takes part in the updates of the other ranks until all ranks call this."""
-    while join_update(optimizer, options):
-        pass
 
 
 class MultiNodeWindow(Window):
@@ -120,6 +52,9 @@ class MultiNodeWindow(Window):
     The arguments are those of :class:`Window`. The optimizer is a multi-node one, and the expected weight is that of
     this rank.
 
+    If the gradient is looked at before the update, by ``skip_update`` or by the caller, it is averaged over the ranks
+    before that, and so is the loss.
+
     Attributes:
         has_data (bool): After :meth:`update`, whether any rank had a micro-batch. If none had, nothing was updated.
 
@@ -127,6 +62,8 @@ class MultiNodeWindow(Window):
 
     is_shared = True
     has_data = False
+    _shows_gradient = False  # before the update
+    _global_loss: Optional[Array] = None
     _optimizer: _MultiNodeOptimizer
     _has_begun = False
     _uninitialized: Sequence[chainer.Parameter] = ()
@@ -181,8 +118,29 @@ class MultiNodeWindow(Window):
         self._share_parameters_at_first()
         return super().add_gradients(weight)
 
+    @property
+    def loss(self) -> Optional[Array]:
+        """The loss of this rank so far; and that of all ranks while the parameters have the gradient of all."""
+        return super().loss if self._global_loss is None else self._global_loss
+
     def update(self) -> bool:
         """Updates the parameters of all ranks once, if any rank had a micro-batch. See :meth:`Window.update`."""
+        self._shows_gradient = self._options.skip_update is not None
+        return self._join() and super().update()
+
+    def give_gradients(self) -> None:
+        self._shows_gradient = True
+        if self._join():
+            super().give_gradients()
+
+    def _begin(self) -> None:
+        super()._begin()
+        if self._options.skip_update is not None:  # then the gradients are averaged already
+            self._step.update = self._optimizer.actual_optimizer.update
+            self._step.agree = self._agree_on_skipping
+
+    def _join(self) -> bool:
+        """Completes the passes of all ranks, and returns whether any rank had one."""
         self.check_open()
         self._share_parameters_at_first()
         if self._is_in_lockstep:
@@ -197,10 +155,8 @@ class MultiNodeWindow(Window):
                 f"{', '.join(map(str, self._global_weights))}; return smaller weights"
             )
         self.has_data = any(self._global_weights) or self._sum_over_ranks(self.num_micro_batches)[0] > 0
-        if self.has_data:
-            return super().update()
-        self.is_open = False
-        return False
+        self.is_open = self.has_data
+        return self.has_data
 
     def _sum_weights(self) -> Sequence[float]:
         """Returns the sum of the weights of each term over all ranks."""
@@ -221,6 +177,8 @@ class MultiNodeWindow(Window):
 
     def _give_gradients(self) -> None:
         ranks = float(self._communicator.size)  # ChainerMN divides the sum by this
+        if self._shows_gradient:
+            self._sum_losses()
         if self._options.is_mean:
             pairs = list(zip(self._gradients.term_weights, self._global_weights))
             corrections = [weights.divisor * (ranks / total) if weights else 1.0 for weights, total in pairs]
@@ -237,6 +195,30 @@ class MultiNodeWindow(Window):
             if not self._gradients.are_taken:
                 param._loss_scale = self._gradients.loss_scale  # even if only other ranks ran backward passes
         self._optimizer.is_changed(self._optimizer.target)  # registers all parameters as known
+        if self._shows_gradient:
+            self._communicator.multi_node_mean_grad(self._optimizer.target, self._optimizer.zero_fill)
+
+    def _sum_losses(self) -> None:
+        """Adds up the loss over all ranks."""
+        pairs = zip(self._gradients.term_weights, self._global_weights)
+        shares = [weights.divisor / total if weights else 0.0 for weights, total in pairs]
+        share = self._gradients.loss_scaled(shares) if self._options.is_mean else super().loss
+        is_unknown = share is None and self.num_micro_batches > 0
+        total, num_unknown = self._sum_over_ranks(0.0 if share is None else float(share), is_unknown)
+        if num_unknown == 0:
+            device = self._optimizer.target.device
+            self._global_loss = device.send(numpy.array(total, numpy.float64))
+
+    def _agree_on_skipping(self, answer: bool) -> bool:
+        """Returns the answer, or raises RuntimeError on every rank unless all ranks give the same one."""
+        (ranks,) = self._sum_over_ranks(answer)
+        if ranks not in (0, self._communicator.size):
+            raise RuntimeError(
+                f"skip_update must return the same on all ranks, got True on only {ranks:.0f} of "
+                f"{self._communicator.size}; decide by window.gradient_norm and window.loss, which are those of all "
+                "ranks"
+            )
+        return answer
 
     def _is_all_skipped(self) -> bool:
         return not any(self._global_weights) and self._sum_over_ranks(self._checks.has_skipped_weight)[0] > 0
@@ -291,7 +273,3 @@ class MultiNodeWindow(Window):
     def _sum_over_ranks(self, *values: float) -> List[float]:
         sums: List[float] = self._communicator.allreduce(numpy.array(values, numpy.float64)).tolist()
         return sums
-
-
-def _communicates(link: chainer.Link) -> bool:
-    return any(base.__module__.startswith("chainermn.") for base in type(link).__mro__)

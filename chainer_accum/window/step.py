@@ -28,6 +28,8 @@ class Step:
         effects (PassEffects): What else the passes change.
 
     Attributes:
+        update (callable): What updates the parameters, or ``None`` for the optimizer's own method.
+        agree (callable): Turns the answer of ``skip_update`` into that of all who take part in the step.
         is_done (bool): Whether the window has come to its end.
         is_skipped (bool): Whether ``skip_update`` has said no to the update.
 
@@ -40,6 +42,8 @@ class Step:
         self._options = options
         self._gradients = gradients
         self._effects = effects
+        self.update: Optional[Callable[[], None]] = None
+        self.agree: Callable[[bool], bool] = bool
         self._t = optimizer.t
         self._is_prepared = False
         self._norm: Optional[Array] = None
@@ -108,7 +112,7 @@ class Step:
             else:
                 self._gradients.forget_replaced()
                 self._effects.end()
-                self._optimizer.update()
+                (self.update or self._optimizer.update)()
             self.is_done = True
         self._end()
         return not self.is_skipped
@@ -144,7 +148,7 @@ class Step:
         is_answer = isinstance(answer, bool) or getattr(getattr(answer, "dtype", None), "kind", "") == "b"
         if not is_answer or getattr(answer, "ndim", 0) != 0:
             raise TypeError(f"skip_update must return True or False, got {answer!r}; return True to skip the update")
-        return bool(answer)
+        return self.agree(bool(answer))
 
     def _end(self) -> None:
         self._effects.let_go()

@@ -78,9 +78,13 @@ class WeightedGradients:
     @property
     def loss(self) -> Optional[Array]:
         """The mean or the sum of the losses so far, or ``None`` if there is none, or one that is not known."""
+        return self.loss_scaled([term.correction() for term in self._terms])
+
+    def loss_scaled(self, factors: Sequence[float]) -> Optional[Array]:
+        """Returns the sum over all terms of their losses so far, each times its factor, or ``None`` as for a loss."""
         if not self._has_losses or not all(term.loss.is_known for term in self._terms):
             return None
-        return total_of(term.loss.scaled(term.correction()) for term in self._terms)
+        return total_of(term.loss.scaled(factor) for term, factor in zip(self._terms, factors))
 
     def add_losses(
         self, losses: Losses, is_checked: bool = False, factors: Optional[Sequence[float]] = None
@@ -92,8 +96,7 @@ class WeightedGradients:
         Args:
             losses (Losses): The losses.
             is_checked (bool): Whether to add nothing if a gradient is not finite. This waits for the device.
-            factors: The factor of each loss in the gradient of the window, if all weights are known. It must be given
-                for all passes of a window or for none.
+            factors: The factor of each loss in the gradient of the window, if known: for all its passes or for none.
 
         Returns:
             ``None``, or a description of the problem if nothing was added.
@@ -167,8 +170,7 @@ class WeightedGradients:
         Gradients of the target are replaced. Those of other parameters are added to, as in a backward pass.
 
         Args:
-            corrections: Factor for the sums of the target, for each term. By default, the one that makes them a mean or
-                a sum of these losses.
+            corrections: Factor for the target's sums, for each term. By default, that of a mean or a sum of its losses.
             share (float): Factor of the gradient of the mean of these losses in the result.
 
         """

@@ -559,11 +559,6 @@ BAD_INPUTS = {
         TypeError,
         "skip_update must return True or False, got None; return True to skip the update",
     ),
-    "skipping with several ranks": (
-        lambda: AccumulatingUpdater(iterator(), multi_node(), skip_update=bool),
-        ValueError,
-        "skip_update must be None with a multi-node optimizer, got one with a communicator: each rank would decide by",
-    ),
     "an example that is longer than the budget": (
         lambda: updater(micro_batch_size=TokenBudget(4, lambda example: 5)).update(),
         ValueError,
@@ -693,11 +688,6 @@ BAD_INPUTS = {
         ValueError,
         "skip_update must be None with update=False, got both; decide before you call the optimizer",
     ),
-    "an update that is left out on several ranks": (
-        lambda: enter(multi_node(), update=False),
-        ValueError,
-        "update must be True with a multi-node optimizer, got False: the ranks average their gradients in the update;",
-    ),
     "a window that is over": (
         add_to_a_window_that_is_over,
         RuntimeError,
@@ -728,11 +718,6 @@ BAD_INPUTS = {
         lambda: create_accumulating_optimizer(optimizer(), 2, skip_update=1),
         TypeError,
         "skip_update must be callable, got 1; pass a function of the window, or None",
-    ),
-    "skipping of an optimizer with several ranks": (
-        lambda: create_accumulating_optimizer(multi_node(), 2, skip_update=bool),
-        ValueError,
-        "skip_update must be None with a multi-node optimizer, got one with a communicator",
     ),
     "an update without a model": (
         lambda: create_accumulating_optimizer(optimizers.SGD(), 2).update(),

@@ -15,10 +15,11 @@ from chainer_accum import AccumulatingUpdater, TokenBudget, accumulate, create_a
 from chainer import optimizers
 from chainer.serializers import load_npz, save_npz
 from chainer.training import Trainer
-from chainer_accum.window.distributed import MultiNodeWindow, window_class
+from chainer_accum.window.distributed import MultiNodeWindow
 from chainer_accum.window.gradient_norms import GradientNorms
 from chainer_accum.window.options import WindowOptions
 from chainer_accum.window.window import Window
+from chainer_accum.window.windows import window_class
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +68,66 @@ def train_both(windows, make_its_model=ready_model, make_optimizer=momentum_sgd,
 def split(examples, *sizes):
     ends = numpy.cumsum(sizes)
     return [examples[end - size : end] for size, end in zip(sizes, ends)]
+
+
+# Looking at the gradient of all ranks before the update.
+
+
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+@pytest.mark.parametrize("norm_of_all_is_over", [True, False])
+def test_all_ranks_skip_by_the_gradient_and_the_loss_of_all(loss_reduction, norm_of_all_is_over):
+    windows = [[split(DATASET[:5], 2, 3), split(DATASET[5:9], 4)], [split(DATASET[9:10], 1), []]]
+    seen = {}
+
+    def train_and_look(optimizer, windows, name):
+        def skip(window):
+            seen.setdefault(name, []).append((float(window.gradient_norm), float(window.loss)))
+            return norm_of_all_is_over and len(seen[name]) == 1
+
+        return train(optimizer, windows, skip_update=skip, loss_reduction=loss_reduction)
+
+    def program(communicator):
+        optimizer = make_multi_node(momentum_sgd(), communicator).setup(ready_model())
+        return train_and_look(optimizer, windows[communicator.rank], communicator.rank)
+
+    actual = run_ranks(2, program)
+    expected = train_and_look(momentum_sgd().setup(ready_model()), [sum(each, []) for each in zip(*windows)], "one")
+    numpy.testing.assert_allclose(seen[0], seen["one"], rtol=1e-5)
+    assert seen[0] == seen[1]
+    for optimizer in actual:
+        assert optimizer.t == expected.t == 2 - norm_of_all_is_over
+        assert_same_parameters(optimizer.target, expected.target)
+        assert_same_optimizer_state(optimizer.actual_optimizer, expected)
+
+
+def test_ranks_that_do_not_agree_on_skipping_raise_and_change_nothing():
+    def program(communicator):
+        optimizer = make_multi_node(momentum_sgd(), communicator).setup(ready_model())
+        with pytest.raises(
+            RuntimeError, match="skip_update must return the same on all ranks, got True on only 1 of 2"
+        ):
+            train(optimizer, [split(DATASET[:4], 4)], skip_update=lambda window: communicator.rank == 1)
+        return optimizer
+
+    for optimizer in run_ranks(2, program):
+        assert optimizer.t == 0
+        assert_same_parameters(optimizer.target, ready_model(), 0)
+
+
+def test_a_block_without_an_update_leaves_the_gradient_of_all_ranks():
+    parts = [split(DATASET[:5], 2, 3), split(DATASET[5:6], 1)]
+
+    def program(communicator):
+        optimizer = make_multi_node(momentum_sgd(), communicator).setup(ready_model())
+        train(optimizer, [parts[communicator.rank]], update=False)
+        return {name: param.grad.copy() for name, param in optimizer.target.namedparams()}, optimizer
+
+    optimizer = momentum_sgd().setup(ready_model())
+    optimizer.update(optimizer.target, *chainer.dataset.concat_examples(DATASET[:6]))
+    for grads, of_rank in run_ranks(2, program):
+        assert of_rank.t == 0
+        for name, param in optimizer.target.namedparams():
+            numpy.testing.assert_allclose(grads[name], param.grad, rtol=1e-5, atol=1e-6)
 
 
 # Exact over ranks.

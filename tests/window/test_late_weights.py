@@ -24,10 +24,10 @@ from chainer.serializers import load_npz, save_npz
 from chainer.training.updaters import StandardUpdater
 from chainer_accum._late_weights import is_late
 from chainer_accum.lockstep import make_lockstep_policy
-from chainer_accum.window.distributed import window_class
 from chainer_accum.window.gradient_norms import GradientNorms
 from chainer_accum.window.options import WindowOptions
 from chainer_accum.window.window import Window
+from chainer_accum.window.windows import window_class
 from detectors import Detector, make_boxes, set_up, split, summed
 from hypothesis import given, settings
 from hypothesis import strategies as st
