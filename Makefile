@@ -120,6 +120,7 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/growth.py >benchmarks/growth.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/lockstep.py >benchmarks/lockstep.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/auto.py >benchmarks/auto.md
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/lengths.py >benchmarks/lengths.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/prefetch.py >benchmarks/prefetch.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/noise_scale.py >benchmarks/noise_scale.md
 	$(MAKE) peers

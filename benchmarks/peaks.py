@@ -33,9 +33,20 @@ def peak(
         tracemalloc.stop()
 
 
-def resident_mib(key: str = "VmRSS") -> float:
-    """Returns the MiB of the process that are resident, or that have been at the peak, ``"VmHWM"``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def traced_peak(function: Callable[[], None]) -> int:
+    """Returns the most bytes that are allocated at a time while a function runs, beside what there was before."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def resident_mib(key: str = "VmRSS", process: object = "self") -> float:
+    """Returns the MiB of a process that are resident, or that have been at the peak, ``"VmHWM"``."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 

@@ -48,7 +48,7 @@ ON_THE_HOST: Dict[str, Tuple[str, str]] = {
     "lockstep/crossing.py": ("the checksum of any array is of this dtype", "uint64"),
     "lockstep/generators.py": ("the state of NumPy's generator is set", "random"),
     "lockstep/store.py": ("what waits in a file has been sent to the host", "ascontiguousarray empty uint8"),
-    "batches/search.py": ("limits and times are floats", "array"),
+    "batches/search.py": ("limits, times and numbers of bytes are floats", "array interp"),
     "state/thread_state.py": ("how NumPy works is not about arrays", "geterr geterrcall getbufsize setbufsize"),
 }
 

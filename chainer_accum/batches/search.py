@@ -13,10 +13,36 @@ _MARGIN = 1.1  # how much more memory a pass may take than is predicted
 
 
 class Footprint:
-    """The memory that a pass takes, by its cost: measured, or predicted from two measurements, as a straight line."""
+    """The memory that a pass takes, by its cost: measured, or predicted from two measurements, as a straight line.
+
+    Some of it may stay in use until the next pass, because models keep the loss and with it the graph.
+
+    """
 
     def __init__(self) -> None:
         self.measured: Dict[int, float] = {}
+        self._longest = 0.0  # length of an example
+        self._last = 0.0, 0.0  # the length in the last single pass, and the bytes per unit of cost
+        self._kept = 0.0  # bytes per unit of cost
+
+    def add_pass(self, cost: int, num_bytes: float, length: float) -> None:
+        """Records what a single pass has taken, as if its examples were as long as the longest so far."""
+        # A token of a longer example may take more, with attention in proportion to the length.
+        self._longest = max(self._longest, length)
+        density = num_bytes / cost
+        longer, other = self._last
+        slope = max((other - density) / (longer - length), 0.0) if longer > length else 0.0
+        self._last = length, density
+        scale = self._longest / length
+        self.add(cost, cost * min(density + slope * (self._longest - length), density * scale))
+
+    def add_kept(self, cost: int, num_bytes: float) -> None:
+        """Records what a pass has left in use."""
+        self._kept = max(num_bytes, 0.0) / cost
+
+    def kept(self, cost: int) -> float:
+        """Returns the bytes that a pass leaves in use until the next one."""
+        return self._kept * cost
 
     def add(self, cost: int, num_bytes: float) -> None:
         """Records what a pass has taken."""
@@ -29,7 +55,8 @@ class Footprint:
             return None
         largest = max(self.measured)
         if cost <= largest:
-            return self.measured[min(each for each in self.measured if each >= cost)]
+            costs = sorted(self.measured)
+            return float(numpy.interp(cost, costs, [self.measured[each] for each in costs]))
         most = self.measured[largest]
         smaller = [each for each in self.measured if each <= largest // 2]
         if not smaller:
@@ -84,11 +111,12 @@ class Search:
         """Begins at a usual limit, where memory cannot be measured."""
         self.limit, self.is_growing = self.FIRST_UNMEASURED, False
 
-    def end_pass(self, cost: int, seconds: float, num_bytes: float, room: float) -> None:
+    def end_pass(self, cost: int, length: float, seconds: float, num_bytes: float, room: float) -> None:
         """Doubles the limit after a pass, if twice its cost fits in memory and may be faster.
 
         Args:
             cost (int): What the pass cost.
+            length (float): The cost of an example in it.
             seconds (float): Seconds per token.
             num_bytes (float): Bytes that it took.
             room (float): Bytes that are free.
@@ -101,7 +129,7 @@ class Search:
         if 2 * cost <= self.limit:
             return  # the last part of a batch, or one that was cut before the limit grew
         self._passes[self.limit] = seconds
-        self.footprint.add(cost, num_bytes)
+        self.footprint.add_pass(cost, num_bytes, length)
         best = min(self._passes, key=lambda limit: self._passes[limit])
         ratio = self.limit // best  # a single pass may be slow by chance
         is_slower = ratio >= 2 * 2**self._REACH or ratio >= 2**self._REACH and self._is_hopeless(self.limit, best)

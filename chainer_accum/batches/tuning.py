@@ -47,6 +47,8 @@ class TunedMicroBatchSize(MicroBatchSize):
         self._device: Optional[chainer.backend.Device] = None
         self._memory: Optional[Memory] = None
         self._ceiling = math.inf
+        self._base = 0.0  # what is in use without what the last pass has left
+        self._last_cost = 0  # of the last pass
 
     @property
     def limit(self) -> int:
@@ -62,7 +64,7 @@ class TunedMicroBatchSize(MicroBatchSize):
             self._memory = memory_of(device)
             if self._memory is not None:
                 self._ceiling = self._memory.ceiling(self._share)
-                self._search.shrink_to_fit(self._room())  # what a snapshot says may not fit here
+                self._search.shrink_to_fit(self._ceiling - self._memory.in_use())  # what a snapshot says may not fit
         if self._memory is None and self._search.is_growing:
             self._search.skip_growing()
         super().begin_window(device)
@@ -73,11 +75,16 @@ class TunedMicroBatchSize(MicroBatchSize):
         self._num_timed = 0  # tokens
         self._costliest = 0
         self._peak = 0.0
+        self._num_passes = 0
         self._in_use = 0.0
+        self._cost_before = self._last_cost
         if self._memory is not None and not self._search.is_over:
             free_memory(self._device)
             self._in_use = self._memory.in_use()
-            self._search.shrink_to_fit(self._ceiling - self._in_use)
+            # What the last pass has left may be gone, for example after an evaluation.
+            without = self._in_use - self._search.footprint.kept(self._last_cost)
+            self._base = min(max(self._base, without), self._in_use)
+            self._search.shrink_to_fit(self._room())
         self._first_limit = self.limit
         self._predicted = self._search.footprint.predict(self.limit)
 
@@ -87,7 +94,8 @@ class TunedMicroBatchSize(MicroBatchSize):
         if search.is_over:
             yield
             return
-        in_use = 0.0 if memory is None or not search.is_growing else memory.in_use()
+        if memory is not None and search.is_growing:
+            self._learn_what_is_kept(memory.in_use())
         synchronize(self._device)
         began = time.perf_counter()
         yield
@@ -95,11 +103,15 @@ class TunedMicroBatchSize(MicroBatchSize):
         seconds = time.perf_counter() - began
         self._seconds += seconds
         self._num_timed += load.num_tokens
+        self._num_passes += 1
+        self._last_cost = load.cost
         self._costliest = max(self._costliest, load.cost)
         peak = 0.0 if memory is None else memory.peak()
         self._peak = max(self._peak, peak)
         if search.is_growing:
-            search.end_pass(load.cost, seconds / max(load.num_tokens, 1), peak - in_use, self._room())
+            length = load.cost / max(load.num_examples, 1)
+            seconds /= max(load.num_tokens, 1)
+            search.end_pass(load.cost, length, seconds, peak - self._base, self._room())
 
     def lower(self, failed: int) -> None:
         self._search.lower(failed)
@@ -114,8 +126,9 @@ class TunedMicroBatchSize(MicroBatchSize):
             if self._memory is not None:
                 observation["peak_memory"] = self._peak
                 if is_homogeneous and self._predicted is not None:
-                    observation["predicted_peak_memory"] = self._in_use + self._predicted
-            taken = self._peak - self._in_use
+                    observation["predicted_peak_memory"] = max(self._base + self._predicted, self._in_use)
+            # What a larger pass of the window before has left may be the peak.
+            taken = self._peak - (self._base if self._costliest >= self._cost_before else self._in_use)
             self._search.end_window(seconds if is_homogeneous else None, self._costliest, taken, largest, self._room())
         if self._unit == EXAMPLES:
             self._change_kind(zlib.crc32(repr((kind, largest)).encode()))
@@ -127,8 +140,16 @@ class TunedMicroBatchSize(MicroBatchSize):
             self._searches = {}
 
     def _room(self) -> float:
-        """Returns the bytes that are free."""
-        return math.inf if self._memory is None else self._ceiling - self._memory.in_use()
+        """Returns the bytes that passes may take."""
+        return math.inf if self._memory is None else self._ceiling - self._base
+
+    def _learn_what_is_kept(self, in_use: float) -> None:
+        """Compares what is in use between two passes of a window."""
+        footprint = self._search.footprint
+        if self._num_passes == 1:  # the first pass of all makes what stays, such as gradients
+            self._base = in_use - footprint.kept(self._last_cost)
+        elif self._num_passes > 1:
+            footprint.add_kept(self._last_cost, in_use - self._base)
 
     def _change_kind(self, kind: int) -> None:
         """Continues with the search for windows of this kind, if two in a row are of it."""

@@ -12,6 +12,7 @@ import numpy
 import pytest
 from chainer.training.updaters import StandardUpdater
 from chainer_accum.batches import make_micro_batch_size, together, tuning
+from chainer_accum.batches.search import Footprint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,12 +25,22 @@ MIB = 2**20
 class Machine:
     """A machine whose clock and memory show what passes are said to cost, so that no test depends on a real one."""
 
-    def __init__(self, monkeypatch, seconds=lambda size: 1.0, memory=lambda size: 0.0, room=math.inf, base=100 * MIB):
+    def __init__(
+        self,
+        monkeypatch,
+        seconds=lambda size: 1.0,
+        memory=lambda size: 0.0,
+        room=math.inf,
+        base=100 * MIB,
+        keeps=lambda size: 0.0,
+    ):
         self.now = 0.0
         self.seconds = seconds  # per example
         self.memory = memory  # of a pass
         self.room = room
         self.base = base
+        self.keeps = keeps  # what a pass leaves in use until the next one
+        self.kept = 0.0
         self.highest = base
         self.sizes = []
         monkeypatch.setattr(tuning.time, "perf_counter", lambda: self.now)
@@ -37,8 +48,8 @@ class Machine:
         monkeypatch.setattr(tuning, "free_memory", lambda device: None)
 
     def in_use(self):
-        self.highest = self.base
-        return self.base
+        self.highest = self.base + self.kept
+        return self.highest
 
     def peak(self):
         return self.highest
@@ -77,6 +88,7 @@ class Machine:
         self.sizes.append(cost)
         self.now += cost * self.seconds(cost)
         self.highest = max(self.highest, self.base + self.memory(cost))
+        self.kept = self.keeps(cost)
 
 
 @pytest.fixture
@@ -142,6 +154,36 @@ def test_the_predicted_peak_is_the_measured_one_where_memory_grows_in_proportion
         assert report["predicted_peak_memory"] >= 0.99 * report["peak_memory"]
         if is_measured:
             assert report["predicted_peak_memory"] <= 1.1 * report["peak_memory"]
+
+
+@given(st.floats(0, 1), st.floats(1e3, 1e6), st.sampled_from([1, 8, 64, 256]), st.booleans())
+def test_what_a_pass_leaves_in_use_until_the_next_one_is_part_of_the_prediction(share, slope, best, is_evaluated):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        machine = Machine(monkeypatch, valley(best), lambda size: slope * size, keeps=lambda size: share * slope * size)
+        size = make_micro_batch_size("auto")
+        reports = []
+        for _ in range(8):
+            reports += machine.run(size, 1)
+            if is_evaluated:
+                machine.kept = 0.0  # an evaluation makes models forget the last pass
+    predictions = [report for report in reports[1:] if "predicted_peak_memory" in report]
+    assert predictions
+    for report in predictions:
+        assert report["predicted_peak_memory"] == pytest.approx(report["peak_memory"], rel=0.02)
+
+
+@given(st.floats(0.1, 100), st.floats(0, 1), st.integers(20, 200))
+def test_the_memory_of_short_examples_predicts_that_of_the_longest(per_token, per_pair, longest):
+    def memory(cost, length):
+        return cost * (per_token + per_pair * length)
+
+    footprint = Footprint()
+    for doublings in range(6):  # the longest come first
+        length = longest * 0.8**doublings
+        cost = 1000 * 2**doublings
+        footprint.add_pass(cost, memory(cost, length), length)
+    for cost in (1000, 5000, 32000, 64000):
+        assert footprint.predict(cost) == pytest.approx(memory(cost, longest), rel=0.01)
 
 
 @pytest.mark.parametrize("begins", range(8))
