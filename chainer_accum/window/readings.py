@@ -54,7 +54,7 @@ class Readings:
 
     @property
     def is_done(self) -> bool:
-        """Whether the window has come to its end: it has updated, skipped the update, or left it to the caller."""
+        """Whether the window has updated, skipped the update, or left it to the caller."""
         return self._step.is_done
 
     @property
