@@ -228,6 +228,11 @@ BAD_INPUTS = {
         TypeError,
         "weight_func must be callable, got 0.5; pass a function",
     ),
+    "a weight function of two arguments": (
+        lambda: updater(weight_func=lambda batch, scale: len(batch)),
+        TypeError,
+        "weight_func must take one list of examples, or nothing, got <function ",
+    ),
     "no steps": (lambda: updater(accumulation_steps=0), ValueError, "accumulation_steps " + STEPS.format("0")),
     "negative steps": (lambda: updater(accumulation_steps=-2), ValueError, "accumulation_steps " + STEPS.format("-2")),
     "steps in floating point": (
@@ -455,6 +460,11 @@ BAD_INPUTS = {
         lambda: updater(observation_rules={"main/loss": max}),
         TypeError,
         "observation_rules['main/loss'] must be a function of a list of values and a list of weights, got <built-in",
+    ),
+    "a rule that takes axes for the weights": (
+        lambda: updater(observation_rules={"main/loss": numpy.mean}),
+        TypeError,
+        "observation_rules['main/loss'] must be a function of a list of values and a list of weights, got <function m",
     ),
     "values that cannot be concatenated": (
         lambda: report_rows("concat"),
