@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Callable, Optional, Tuple
 
-from chainer_accum._arguments import call, check_weight, takes
+from chainer_accum._arguments import call, check_callable, check_weight, takes
 from chainer_accum.batches import WeightFunc, count_examples
 from chainer_accum.state import links_behind
+
+
+def check_weight_func(weight_func: Any) -> None:
+    """Raises TypeError unless a weight function is ``None``, or can be called with the examples or with nothing."""
+    if weight_func is None:
+        return
+    check_callable("weight_func", weight_func)
+    if not takes(weight_func, None) and not takes(weight_func):
+        raise TypeError(
+            f"weight_func must take one list of examples, or nothing, got {weight_func!r}; write lambda examples: ..., "
+            "or, if the model knows the weight after its forward pass, lambda: ..."
+        )
 
 
 def is_late(weight_func: Optional[Callable[..., Any]]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import chainer
 from chainer.training.updaters import StandardUpdater
@@ -23,6 +23,7 @@ from chainer_accum.batches import (
     OutOfMemory,
     Schedule,
     WeightFunc,
+    costliest_to_cut,
     count_examples,
     prepare_ahead,
     prepare_lazily,
@@ -235,7 +236,7 @@ class WindowUpdater(StandardUpdater):
                 window.weights.expect(micro_batches.expected_weight)
                 window.num_examples = count_examples(micro_batch.examples)
                 loads.append(micro_batch.load)
-                with self._running(micro_batch.load, micro_batches, is_whole=not window.waits):
+                with self._running([micro_batch.load], micro_batches, is_whole=not window.waits):
                     with observations.collecting() as observation:
                         forward = functools.partial(get_arguments().call, "the loss function", self._loss_func())
                         loss_func = self._late_weights.late(self.weight_func, forward, micro_batch.examples)
@@ -245,16 +246,16 @@ class WindowUpdater(StandardUpdater):
                 else:
                     num_skipped_examples += count_examples(micro_batch.examples) or 0
                 del micro_batch, get_arguments, forward, loss_func  # release the examples before the next are read
-        with self._running(together(loads), micro_batches, is_whole=window.waits):
+        with self._running(loads, micro_batches, is_whole=window.waits):
             window.run_passes()
         return Passes(observations.merged(), num_skipped_examples)
 
     @contextlib.contextmanager
-    def _running(self, load: Load, micro_batches: MicroBatches, is_whole: bool) -> Iterator[None]:
-        """Context manager for a pass, which is measured if it is complete when the block ends."""
+    def _running(self, loads: Sequence[Load], micro_batches: MicroBatches, is_whole: bool) -> Iterator[None]:
+        """Context manager for passes that run together, which are measured if they are complete when the block ends."""
         assert self._window is not None
-        with self._size.retrying(load, self._window, micro_batches):
-            with self._size.measuring(load) if is_whole else contextlib.nullcontext():
+        with self._size.retrying(costliest_to_cut(loads), self._window, micro_batches):
+            with self._size.measuring(together(loads)) if is_whole else contextlib.nullcontext():
                 yield
 
     def _finish_window(self, micro_batches: MicroBatches, passes: Passes) -> None:

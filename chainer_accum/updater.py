@@ -16,6 +16,7 @@ from chainer_accum._arguments import (
     check_set_up,
 )
 from chainer_accum._devices import DeviceSpec
+from chainer_accum._late_weights import check_weight_func
 from chainer_accum._window_updater import WindowUpdater
 from chainer_accum.batches import (
     EPOCH_BOUNDARIES,
@@ -187,8 +188,7 @@ class AccumulatingUpdater(WindowUpdater):
             )
         if loss_func is not None:
             check_callable("loss_func", loss_func)
-        if weight_func is not None:
-            check_callable("weight_func", weight_func)
+        check_weight_func(weight_func)
         communicator = communicator_of(optimizers["main"])
         num_ranks = 1 if communicator is None else communicator.size
         schedule = make_schedule(accumulation_steps, effective_batch_size, iterators["main"], num_ranks)

@@ -329,6 +329,23 @@ def test_the_budget_is_halved_down_to_one_example():
     assert model.shapes[-4:] == [(1, 8), (1, 8), (1, 8), (2, 2)]
 
 
+def test_in_lockstep_a_long_example_does_not_keep_others_from_being_split():
+    corpus = make_corpus([9, 1, 2, 1, 2, 1])
+    model, sizes = Tagger(), []
+
+    def with_room_for_three(words, tags):
+        sizes.append(len(words))
+        if len(words) > 3:
+            raise MemoryError("no room")
+        return model(words, tags)
+
+    budget, batches = TokenBudget(9, num_words), serial(corpus, 6)
+    updater = by_length(batches, budget, model=model, loss_func=with_room_for_three, lockstep="memory")
+    with pytest.warns(RuntimeWarning, match="a micro-batch of 4 examples and 8 tokens .*has at most 4 tokens"):
+        assert_same_run(updater, whole(windows_of(serial(corpus, 6))), 2)
+    assert sizes == [1, 4, 1, 2, 3, 1, 2, 3]
+
+
 def state_of(updater):
     """Returns what an update that raises must leave as it was."""
     saved = chainer.serializers.DictionarySerializer()

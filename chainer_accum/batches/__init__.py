@@ -4,7 +4,7 @@ It knows iterators and examples, but not gradients. It imports ``state`` and ``o
 """
 
 from chainer_accum.batches.arguments import Arguments
-from chainer_accum.batches.cutting import Load, count_examples, together
+from chainer_accum.batches.cutting import Load, costliest_to_cut, count_examples, together
 from chainer_accum.batches.epochs import EpochRecord
 from chainer_accum.batches.gathering import Gathering, NumBatches
 from chainer_accum.batches.memory import MemoryLimit
@@ -32,6 +32,7 @@ __all__ = [
     "Steps",
     "TokenBudget",
     "WeightFunc",
+    "costliest_to_cut",
     "count_examples",
     "make_micro_batch_size",
     "make_schedule",

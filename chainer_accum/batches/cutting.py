@@ -176,6 +176,11 @@ def together(loads: Iterable[Load]) -> Load:
     return costliest._replace(num_tokens=sum(load.num_tokens for load in each))
 
 
+def costliest_to_cut(loads: Iterable[Load]) -> Load:
+    """Returns the load of the costliest pass among those of several examples or, if there is none, among all."""
+    return max(loads, key=lambda load: (load.num_examples > 1, load.cost, load.num_examples))
+
+
 def _by_count(size: int) -> Load:
     return Load(size, size, size, size)
 

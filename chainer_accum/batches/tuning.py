@@ -192,7 +192,7 @@ def _arguments(micro_batch_size: Limit) -> Tuple[bool, Dict[str, Any]]:
         arrange = functools.partial(Measured, length_func=budget.length_func, max_tokens=max_tokens)
         kwargs = {"arrange": arrange, "limit": max_tokens, "unit": TOKENS, "across_window": budget.across_window}
         return is_auto, kwargs
-    if callable(micro_batch_size):
+    if callable(micro_batch_size) and not isinstance(micro_batch_size, type):
         return False, {"arrange": functools.partial(Grouped, function=micro_batch_size)}
     if micro_batch_size is None:
         return False, {}

@@ -123,9 +123,7 @@ class NormalizationVisit(Visit):
         difference *= gy
         sum_gy = sum_in_pairs(gy, self.axis)
         sum_gy_x_hat = sum_in_pairs(difference, self.axis) * inv_std
-        self._sums = [sum_gy, sum_gy_x_hat]
-        if self._is_needed():
-            self._gy = self._store.put(gy)
+        self._add(gy, [sum_gy, sum_gy_x_hat])
         xp = chainer.backend.get_array_module(x)
         zero = xp.broadcast_to(xp.zeros((), x.dtype), x.shape)
         return zero, sum_gy_x_hat.astype(gamma.dtype), sum_gy.astype(gamma.dtype)
@@ -160,8 +158,15 @@ class NormalizationVisit(Visit):
         else:
             chainer.backward([source], [chainer.Variable(gx)])
 
-    def _is_needed(self) -> bool:
-        return self._input is not None and self._input.requires_grad
+    def _add(self, gy: Array, sums: List[Array]) -> None:
+        """Adds a gradient of the output, of which there is one for each loss after the last meeting."""
+        self._sums = sums if self._sums is None else [total + each for total, each in zip(self._sums, sums)]
+        if self._input is None or not self._input.requires_grad:
+            return
+        if self._gy is not None:
+            gy = self._gy.get() + gy
+            self._gy.free()
+        self._gy = self._store.put(gy)
 
 
 class _QuietBatchNormalization(BatchNormalization):

@@ -97,9 +97,9 @@ def _takes_two_lists(function: Any) -> bool:
     if function in (max, min, sum):  # they would take the lists for two values, or for a list and its start
         return False
     try:
-        inspect.signature(function).bind([], [])
+        bound = inspect.signature(function).bind([], [])
     except TypeError:
         return False
     except ValueError:  # it is not written in Python, and does not tell
         return True
-    return True
+    return "axis" not in bound.arguments  # numpy.mean and the like would take the weights for axes

@@ -228,6 +228,11 @@ BAD_INPUTS = {
         TypeError,
         "weight_func must be callable, got 0.5; pass a function",
     ),
+    "a weight function of two arguments": (
+        lambda: updater(weight_func=lambda batch, scale: len(batch)),
+        TypeError,
+        "weight_func must take one list of examples, or nothing, got <function ",
+    ),
     "no steps": (lambda: updater(accumulation_steps=0), ValueError, "accumulation_steps " + STEPS.format("0")),
     "negative steps": (lambda: updater(accumulation_steps=-2), ValueError, "accumulation_steps " + STEPS.format("-2")),
     "steps in floating point": (
@@ -366,6 +371,11 @@ BAD_INPUTS = {
         ValueError,
         "effective_batch_size must have a number of tokens and nothing else, got TokenBudget(64, <built-in function",
     ),
+    "the class of a budget": (
+        lambda: updater(micro_batch_size=TokenBudget),
+        TypeError,
+        "micro_batch_size must be an int of 1 or more, got <class 'chainer_accum.batches.token_budget.TokenBudget'>; use",
+    ),
     "a search that may not restart": (
         lambda: updater(micro_batch_size=TokenBudget("auto", len), split_when_out_of_memory=False),
         ValueError,
@@ -455,6 +465,11 @@ BAD_INPUTS = {
         lambda: updater(observation_rules={"main/loss": max}),
         TypeError,
         "observation_rules['main/loss'] must be a function of a list of values and a list of weights, got <built-in",
+    ),
+    "a rule that takes axes for the weights": (
+        lambda: updater(observation_rules={"main/loss": numpy.mean}),
+        TypeError,
+        "observation_rules['main/loss'] must be a function of a list of values and a list of weights, got <function m",
     ),
     "values that cannot be concatenated": (
         lambda: report_rows("concat"),

@@ -105,6 +105,20 @@ def test_lockstep_is_exact_for_returned_weights(normalizes, name, lockstep):
             numpy.testing.assert_allclose(chainer.as_array(value), chainer.as_array(expected_value), rtol=1e-10)
 
 
+@pytest.mark.parametrize("lockstep", ["memory", "file"])
+def test_lockstep_is_exact_for_several_losses_that_are_sums(lockstep):
+    def sums(model):
+        return lambda *args: [(loss * weight, weight) for loss, weight in model.of_all(*args)]
+
+    accumulated, expected = (set_up(Detector(normalizes=True), optimizers.MomentumSGD(0.01)) for _ in range(2))
+    for _ in range(2):
+        with accumulate(accumulated, loss_reduction="sum", lockstep=lockstep) as window:
+            for arrays in split(BOXES, [5, 1, 9, 9]):
+                window.add(sums(accumulated.target), *arrays)
+        expected.update(summed(sums(expected.target)), *chainer.dataset.concat_examples(BOXES))
+    assert_same(accumulated, expected)
+
+
 def takes_nothing(model):
     return lambda: model.num_labels
 
