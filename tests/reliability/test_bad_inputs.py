@@ -374,7 +374,7 @@ BAD_INPUTS = {
     "the class of a budget": (
         lambda: updater(micro_batch_size=TokenBudget),
         TypeError,
-        "micro_batch_size must be an int of 1 or more, got <class 'chainer_accum.batches.token_budget.TokenBudget'>; use",
+        "micro_batch_size must be an int of 1 or more, got <class 'chainer_accum.batches.token_budget.TokenBudget'>",
     ),
     "a search that may not restart": (
         lambda: updater(micro_batch_size=TokenBudget("auto", len), split_when_out_of_memory=False),
