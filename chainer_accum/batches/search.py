@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, NamedTuple, Optional
 
 import chainer
 import numpy
@@ -12,8 +12,21 @@ import numpy
 _MARGIN = 1.1  # how much more memory a pass may take than is predicted
 
 
+class Single(NamedTuple):
+    """A single pass: its cost, the length of its longest example, and the bytes that it took."""
+
+    cost: int
+    length: float
+    num_bytes: float
+
+    @property
+    def density(self) -> float:
+        """Bytes per unit of cost."""
+        return self.num_bytes / self.cost
+
+
 class Footprint:
-    """The memory that a pass takes, by its cost: measured, or predicted from two measurements, as a straight line.
+    """The memory that a pass takes, by its cost: measured, or predicted from measurements, as a straight line.
 
     Some of it may stay in use until the next pass, because models keep the loss and with it the graph.
 
@@ -22,27 +35,28 @@ class Footprint:
     def __init__(self) -> None:
         self.measured: Dict[int, float] = {}
         self._longest = 0.0  # length of an example
-        self._last = 0.0, 0.0  # the length in the last single pass, and the bytes per unit of cost
-        self._kept = 0.0  # bytes per unit of cost
+        self._last: Optional[Single] = None
+        self._kept = 0.0  # share of what a pass takes
 
     def add_pass(self, cost: int, num_bytes: float, length: float) -> None:
         """Records what a single pass has taken, as if its examples were as long as the longest so far."""
         # A token of a longer example may take more, with attention in proportion to the length.
         self._longest = max(self._longest, length)
-        density = num_bytes / cost
-        longer, other = self._last
-        slope = max((other - density) / (longer - length), 0.0) if longer > length else 0.0
-        self._last = length, density
-        scale = self._longest / length
-        self.add(cost, cost * min(density + slope * (self._longest - length), density * scale))
+        last, self._last = self._last, Single(cost, length, num_bytes)
+        density = self._last.density
+        slope = 0.0
+        if last is not None and last.length > length:
+            slope = max((last.density - density) / (last.length - length), 0.0)
+        self.add(cost, cost * min(density + slope * (self._longest - length), density * self._longest / length))
 
     def add_kept(self, cost: int, num_bytes: float) -> None:
-        """Records what a pass has left in use."""
-        self._kept = max(num_bytes, 0.0) / cost
+        """Records what a single pass has left in use."""
+        if self._last is not None and self._last.cost == cost:
+            self._kept = min(max(num_bytes / max(self._last.num_bytes, 1.0), 0.0), 1.0)
 
     def kept(self, cost: int) -> float:
         """Returns the bytes that a pass leaves in use until the next one."""
-        return self._kept * cost
+        return self._kept * (self.predict(cost) or 0.0)
 
     def add(self, cost: int, num_bytes: float) -> None:
         """Records what a pass has taken."""
@@ -138,13 +152,15 @@ class Search:
         else:
             self.limit, self.is_growing = best, False
 
-    def end_window(self, seconds: Optional[float], cost: int, num_bytes: float, largest: int, room: float) -> None:
+    def end_window(
+        self, seconds: Optional[float], cost: int, num_bytes: Optional[float], largest: int, room: float
+    ) -> None:
         """Records a window and chooses the next limit.
 
         Args:
             seconds (float): Seconds per token, or ``None`` if the limit has changed in the window.
             cost (int): What the costliest pass cost.
-            num_bytes (float): Bytes that the window took.
+            num_bytes (float): Bytes that the window took, or ``None`` if that is unknown.
             largest (int): The cost of the costliest batch, as one pass.
             room (float): Bytes that are free.
 
@@ -152,7 +168,8 @@ class Search:
         self._num_windows += 1
         if seconds is not None and self._num_windows > 1:  # the first window includes one-time work
             self._windows.setdefault(self.limit, []).append(seconds)
-            self.footprint.add(cost, num_bytes)
+            if num_bytes is not None:
+                self.footprint.add(cost, num_bytes)
         if self.is_growing and len(self._passes) > 1:
             if self.limit < largest and self._num_windows < self.MOST_WINDOWS:
                 return

@@ -86,7 +86,6 @@ class TunedMicroBatchSize(MicroBatchSize):
             self._base = min(max(self._base, without), self._in_use)
             self._search.shrink_to_fit(self._room())
         self._first_limit = self.limit
-        self._predicted = self._search.footprint.predict(self.limit)
 
     @contextlib.contextmanager
     def measuring(self, load: Load) -> Iterator[None]:
@@ -125,10 +124,11 @@ class TunedMicroBatchSize(MicroBatchSize):
                 observation[self._unit.seconds] = seconds
             if self._memory is not None:
                 observation["peak_memory"] = self._peak
-                if is_homogeneous and self._predicted is not None:
-                    observation["predicted_peak_memory"] = max(self._base + self._predicted, self._in_use)
-            # What a larger pass of the window before has left may be the peak.
-            taken = self._peak - (self._base if self._costliest >= self._cost_before else self._in_use)
+                predicted = self._search.footprint.predict(self._costliest)  # from the windows before
+                if is_homogeneous and predicted is not None:
+                    observation["predicted_peak_memory"] = max(self._base + predicted, self._in_use)
+            # What a larger pass of the window before has left may be the peak, which then says nothing.
+            taken = self._peak - self._base if self._costliest >= self._cost_before else None
             self._search.end_window(seconds if is_homogeneous else None, self._costliest, taken, largest, self._room())
         if self._unit == EXAMPLES:
             self._change_kind(zlib.crc32(repr((kind, largest)).encode()))

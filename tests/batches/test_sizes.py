@@ -156,14 +156,14 @@ def test_the_predicted_peak_is_the_measured_one_where_memory_grows_in_proportion
             assert report["predicted_peak_memory"] <= 1.1 * report["peak_memory"]
 
 
-@given(st.floats(0, 1), st.floats(1e3, 1e6), st.sampled_from([1, 8, 64, 256]), st.booleans())
-def test_what_a_pass_leaves_in_use_until_the_next_one_is_part_of_the_prediction(share, slope, best, is_evaluated):
+@given(st.floats(0, 1), st.floats(1e3, 1e6), st.sampled_from([1, 8, 64, 256]), st.integers(200, 300), st.booleans())
+def test_what_a_pass_leaves_in_use_is_part_of_the_prediction(share, slope, best, examples, is_evaluated):
     with pytest.MonkeyPatch.context() as monkeypatch:
         machine = Machine(monkeypatch, valley(best), lambda size: slope * size, keeps=lambda size: share * slope * size)
         size = make_micro_batch_size("auto")
         reports = []
         for _ in range(8):
-            reports += machine.run(size, 1)
+            reports += machine.run(size, 1, examples)
             if is_evaluated:
                 machine.kept = 0.0  # an evaluation makes models forget the last pass
     predictions = [report for report in reports[1:] if "predicted_peak_memory" in report]
