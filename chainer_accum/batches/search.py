@@ -230,11 +230,11 @@ class Search:
         timings = self.timings()
         if not timings:
             return self.limit
-        best = min(timings, key=lambda limit: timings[limit], default=self.limit)
+        best = min(timings, key=lambda limit: timings[limit])
         for limit in self._candidates(best):
             # From twice the costliest batch on, nothing is cut, as with half the limit.
             is_new = limit not in timings and self._unit <= limit < 2 * largest
-            if is_new and self._fits(limit, room) and not self._is_hopeless(limit, best):
+            if is_new and self._fits(limit, room):
                 return limit
         rivals = sorted(timings, key=lambda limit: timings[limit])[: self._REACH]
         for limit in rivals if len(rivals) > 1 else ():
@@ -244,12 +244,19 @@ class Search:
 
     def _candidates(self, best: int) -> Iterator[int]:
         """Returns an iterator over limits around the best one so far, the most promising first."""
-        if len(self._passes) <= 1 and best == max(self._windows, default=best):
-            yield from (best * self._LEAP, best * self._LEAP // 2)
+        if best == max(self._windows):  # larger ones have not been tried, so the best may be far
+            if len(self._passes) <= 1:
+                yield from (best * self._LEAP, best * self._LEAP // 2)
+            elif best // 2 in self._windows:
+                yield best * self._LEAP // 2
         for step in range(1, self._REACH + 1):
-            yield from (best * 2**step, best // 2**step)
+            for limit in (best * 2**step, best // 2**step):
+                # A single pass may be slow by chance, so it does not rule out what is next to the best.
+                if step == 1 or not self._is_hopeless(limit, best):
+                    yield limit
 
     def _is_hopeless(self, limit: int, best: int) -> bool:
+        """Returns whether a single pass took far longer than one with the best limit."""
         passes = self._passes
         return limit in passes and best in passes and passes[limit] > self._HOPELESS * passes[best]
 
