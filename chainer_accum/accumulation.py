@@ -45,9 +45,9 @@ def accumulate(
     optimizer and the persistent values of the model stay unchanged, and nothing is reported. A block that adds no loss
     does not update.
 
-    Where the divisor of a loss is known only after the forward pass, the loss function returns ``(loss, weight)``, or
-    ``weight`` is a function without arguments that returns it then. A loss that is a sum of means with different
-    divisors is a list of such pairs. ``window.loss`` is the loss of the block so far.
+    If only the forward pass finds the divisor of a loss, let the loss function return ``(loss, weight)``, or let
+    ``weight`` be a function without arguments, which is called after the pass. For a sum of means with different
+    divisors, return a list of such pairs. ``window.loss`` is the loss of the block so far.
 
     Args:
         optimizer (~chainer.Optimizer): Optimizer that has been set up with the model.
@@ -67,7 +67,7 @@ def accumulate(
             batch, such as batch normalization, so that the step is that of the whole batch for these layers, too. The
             value says where to keep what is needed in between: ``'memory'``, ``'host'`` memory instead of a device's,
             a temporary ``'file'``, or the path of a folder for it. Passes that wait are completed when the block ends,
-            and so are their reports. See the guide to lockstep windows.
+            and so are their reports.
         observation_rules (dict): Maps keys such as ``'main/n_correct'`` to how the values reported by the passes are
             merged: a name or a function, as for :class:`~chainer_accum.AccumulatingUpdater`. If a function raises, the
             block raises, and does not update.
@@ -76,8 +76,8 @@ def accumulate(
             gradients are cleared. It may read ``window.gradient_norm``, the norm of the gradient before hooks;
             ``window.loss``; ``window.num_micro_batches``; and ``window.weights.total``. What the passes reported is
             dropped, and ``skipped_updates`` is reported, which is 0 or 1.
-        update (bool): Whether the optimizer updates when the block ends. If not, the parameters have the gradient of
-            the window then, and ``optimizer.update()`` takes the step.
+        update (bool): Whether the optimizer updates when the block ends. If ``False``, the block leaves the gradient of
+            the window in the parameters, and you call ``optimizer.update()``.
 
     Returns:
         Context manager that yields a :class:`~chainer_accum.window.Window`.

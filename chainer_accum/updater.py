@@ -42,10 +42,10 @@ class AccumulatingUpdater(WindowUpdater):
     graph of only one micro-batch at a time. It is one ``optimizer.update()`` and one ``iteration``: hooks, triggers,
     extensions and snapshots see effective batches only.
 
-    An effective batch is made of ``accumulation_steps`` batches from the iterator, or of as many as have
+    An effective batch consists of ``accumulation_steps`` batches from the iterator, or of as many as contain
     ``effective_batch_size`` examples or tokens. Each is split into micro-batches, as ``micro_batch_size`` says. Without
     these arguments, this works like ``StandardUpdater``. Each micro-batch has its own forward pass, so batch
-    statistics, as in batch normalization, are those of the micro-batch, unless the micro-batches run in ``lockstep``.
+    normalization uses the statistics of the micro-batch, unless the micro-batches run in ``lockstep``.
 
     With several iterators or optimizers by name, the main ones are used. With a multi-node optimizer of ChainerMN, an
     effective batch spans all ranks, each with its own updater and iterator.
@@ -54,9 +54,9 @@ class AccumulatingUpdater(WindowUpdater):
     parameters, optimizer, reporter and the persistent values of the models are as they were before it. The same holds
     for Ctrl-C, which waits if the parameters are already being updated.
 
-    If memory runs out, the update restarts with micro-batches of half the size, which later updates keep, and a
-    :class:`RuntimeWarning` is issued. No example is lost or read twice; persistent values and the random generators of
-    the host are restored. See ``split_when_out_of_memory``.
+    If memory runs out, the update can restart with micro-batches of half the size, which later updates keep. A
+    :class:`RuntimeWarning` is then issued. No example is lost or read twice; persistent values and the random
+    generators of the host are restored. See ``split_when_out_of_memory``.
 
     Args:
         iterator: Dataset iterator for the training dataset, or a dictionary that maps strings to iterators.
@@ -64,8 +64,8 @@ class AccumulatingUpdater(WindowUpdater):
         converter: Converter function, called with the examples of each micro-batch.
         device (device specifier): Device to which the model is sent. If ``None``, the model stays where it is.
         loss_func: Loss function. The target link of the main optimizer is used by default. It returns the loss; or a
-            pair ``(loss, weight)``, if what the loss is divided by is known only in the forward pass; or a list of such
-            pairs, if the loss is a sum of means with different divisors, each of which is then a mean over the window.
+            pair ``(loss, weight)``, if only the forward pass finds what the loss is divided by; or a list of such
+            pairs, if the loss is a sum of means with different divisors.
         loss_scale (float): Loss scaling factor.
         auto_new_epoch (bool): As in ``StandardUpdater``, but for each epoch that ended within the effective batch.
         input_device (device specifier): Device to which the training data is sent. By default, ``device``.
@@ -73,19 +73,19 @@ class AccumulatingUpdater(WindowUpdater):
             the number that applies from then on, such as ``{0: 1, 10: 4}``; or a function that takes the updater and
             returns the number for its next update.
         effective_batch_size: Number of examples per update on all ranks together, instead of ``accumulation_steps``: an
-            int, a dictionary from epochs, or a function of the updater, as there. The number of iterator batches
-            follows from ``iterator.batch_size`` and the number of ranks, whose product must divide the number. Or a
-            :class:`~chainer_accum.TokenBudget`: as many iterator batches as have its number of tokens.
+            int, a dictionary from epochs, or a function of the updater, as there. The number must be a multiple of
+            ``iterator.batch_size`` times the number of ranks. Or a :class:`~chainer_accum.TokenBudget`, which gathers
+            iterator batches until they have its number of tokens.
         micro_batch_size: The limit of one forward/backward pass. With a number of examples, larger iterator batches are
-            split as evenly as possible; with a :class:`~chainer_accum.TokenBudget`, examples are sorted by length and
-            packed. ``'auto'`` finds the fastest number that fits in memory during the first updates, and reports what
-            it tries. A function takes the list of examples of an iterator batch and returns lists of them, one for each
-            micro-batch. If ``None``, iterator batches stay whole.
+            split as evenly as possible. A :class:`~chainer_accum.TokenBudget` sorts examples by length and limits the
+            tokens. ``'auto'`` finds the fastest number that fits in memory during the first updates, and reports what
+            it tries. A function takes the list of examples of an iterator batch and returns a list of micro-batches,
+            each a list of examples. If ``None``, iterator batches stay whole.
         weight_func (callable): Function that takes the examples of a micro-batch, as the iterator returned them, and
             returns the weight of the micro-batch, a number of 0 or more. The right weight is what the loss is divided
             by: for a mean over tokens or valid labels, their number. By default, the number of examples. A weight of 0
-            skips the backward pass; if all weights are 0, the gradient is zero. It is called with the examples before
-            the pass; if it takes no argument or refers to a model, it is called after the forward pass.
+            skips the backward pass; if all weights are 0, the gradient is zero. The function is called before the
+            forward pass or, if it takes no argument or refers to a model, after it.
         loss_reduction (str): Whether the loss is a ``'mean'`` or a ``'sum'`` over its examples. With ``'sum'``, weights
             affect observations only, which are still means: give a reported loss the rule ``'sum'`` in
             ``observation_rules``.
@@ -105,8 +105,8 @@ class AccumulatingUpdater(WindowUpdater):
             generator with the model, as a shuffling iterator does by default, the order of their draws is left to
             chance.
         split_when_out_of_memory (bool): Whether an update restarts with smaller micro-batches when memory runs out. The
-            examples of an update are then kept until it ends. On by default where it costs nothing, if iterator batches
-            are split and ``accumulation_steps`` is 1, and wherever a limit is searched for.
+            examples of an update are then kept until it ends. By default, ``True`` if this costs no extra memory
+            because each update splits one iterator batch or keeps its examples anyway, and with ``'auto'``.
         nonfinite (str): What to do with a micro-batch whose loss or gradient is not finite: ``'keep'``, ``'skip'`` or
             ``'raise'``, as for :func:`~chainer_accum.accumulate`. ``'skip'`` also drops what the micro-batch reported,
             and reports the number of such micro-batches as ``skipped_micro_batches``.
