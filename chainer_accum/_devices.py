@@ -52,3 +52,8 @@ def free_memory(device: Optional[chainer.backend.Device]) -> None:
         with chainer.using_device(device):
             cuda.memory_pool.free_all_blocks()
         cuda.pinned_memory_pool.free_all_blocks()
+
+
+def parameter_bytes(link: chainer.Link) -> int:
+    """Returns how many bytes the initialized parameters of a link have."""
+    return sum(param.array.nbytes for param in link.params(include_uninit=False))

@@ -10,6 +10,7 @@ import chainer
 from chainer.training.updaters import StandardUpdater
 
 from chainer_accum._arguments import call
+from chainer_accum._devices import parameter_bytes
 from chainer_accum._late_weights import LateWeights
 from chainer_accum._trainer import is_trainer_failing
 from chainer_accum.batches import (
@@ -164,7 +165,7 @@ class WindowUpdater(StandardUpdater):
                 raise
             self._effective_batch_size = 0
             return 0
-        self._size.begin_window(optimizer.target.device)
+        self._size.begin_window(optimizer.target.device, functools.partial(parameter_bytes, optimizer.target))
         with self._whole_window():
             passes = self._run_passes(micro_batches)
             with DeferredSignals():  # so that the counters agree with the step

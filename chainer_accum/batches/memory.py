@@ -65,6 +65,9 @@ class Memory(Protocol):
     def peak(self) -> float:
         """Returns the most that has been in use since :meth:`in_use` was called, or more."""
 
+    def reset_peak(self) -> bool:
+        """Makes the peak begin at what is in use now, without freeing anything, and returns whether that was done."""
+
     def ceiling(self, share: Share) -> float:
         """Returns how much may be in use."""
 
@@ -74,12 +77,18 @@ class HostMemory:
 
     def in_use(self) -> float:
         _trim()
-        with contextlib.suppress(OSError):  # if this is not allowed, the peak may be an earlier one, which is safe
-            (_PROC / "clear_refs").write_text("5")  # sets the peak back to what is resident now
+        self.reset_peak()
         return _kib(_PROC / "status", "VmRSS") or 0.0
 
     def peak(self) -> float:
         return _kib(_PROC / "status", "VmHWM") or 0.0
+
+    def reset_peak(self) -> bool:
+        try:
+            (_PROC / "clear_refs").write_text("5")
+        except OSError:  # it is not allowed; then the peak may be an earlier one, which is safe
+            return False
+        return True
 
     def ceiling(self, share: Share) -> float:
         total = _kib(_MACHINE, "MemTotal") or math.inf
@@ -106,6 +115,9 @@ class PoolMemory:
         with chainer.using_device(self._device):
             cuda.memory_pool.free_all_blocks()
             return float(cuda.memory_pool.total_bytes())
+
+    def reset_peak(self) -> bool:
+        return False
 
     def peak(self) -> float:
         with chainer.using_device(self._device):  # blocks that were freed in between stay in the pool

@@ -122,8 +122,8 @@ class MicroBatchSize:
             start += part.load.num_examples or 1
             yield part
 
-    def begin_window(self, device: chainer.backend.Device) -> None:
-        """Called when a window begins."""
+    def begin_window(self, device: chainer.backend.Device, parameter_bytes: Callable[[], int] = int) -> None:
+        """Called when a window begins, with the device of the model and what returns the bytes of its parameters."""
         self.begin_again()
 
     def begin_again(self) -> None:

@@ -12,7 +12,7 @@ import functools
 import math
 import time
 import zlib
-from typing import Any, Dict, Hashable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Hashable, Iterator, Optional, Tuple
 
 import chainer
 
@@ -23,6 +23,11 @@ from chainer_accum.batches.memory import Memory, MemoryLimit, make_share, memory
 from chainer_accum.batches.search import Search
 from chainer_accum.batches.sizes import EXAMPLES, TOKENS, Limit, MicroBatchSize
 from chainer_accum.batches.token_budget import TokenBudget
+
+# What the first update may take, in units of the parameters: two states, as of Adam, and as much for computing.
+_OF_FIRST_UPDATE = 4
+_USED = 0.97  # of the limit, because what the C library keeps of freed memory cannot be predicted
+_AMPLE = 4  # if a pass takes a smaller part of the room, what the C library keeps of freed memory does not matter
 
 
 class TunedMicroBatchSize(MicroBatchSize):
@@ -49,6 +54,8 @@ class TunedMicroBatchSize(MicroBatchSize):
         self._ceiling = math.inf
         self._base = 0.0  # what is in use without what the last pass has left
         self._last_cost = 0  # of the last pass
+        self._for_update: Optional[float] = None  # what an update takes in addition, as far as known
+        self._sees_update = False
 
     @property
     def limit(self) -> int:
@@ -58,16 +65,17 @@ class TunedMicroBatchSize(MicroBatchSize):
     def timings(self) -> Dict[int, float]:
         return self._search.timings()
 
-    def begin_window(self, device: chainer.backend.Device) -> None:
+    def begin_window(self, device: chainer.backend.Device, parameter_bytes: Callable[[], int] = int) -> None:
+        self._parameter_bytes = parameter_bytes
         if self._device is None:
             self._device = device
             self._memory = memory_of(device)
             if self._memory is not None:
-                self._ceiling = self._memory.ceiling(self._share)
+                self._ceiling = _USED * self._memory.ceiling(self._share)
                 self._search.shrink_to_fit(self._ceiling - self._memory.in_use())  # what a snapshot says may not fit
         if self._memory is None and self._search.is_growing:
             self._search.skip_growing()
-        super().begin_window(device)
+        super().begin_window(device, parameter_bytes)
 
     def begin_again(self) -> None:
         super().begin_again()
@@ -85,6 +93,8 @@ class TunedMicroBatchSize(MicroBatchSize):
             without = self._in_use - self._search.footprint.kept(self._last_cost)
             self._base = min(max(self._base, without), self._in_use)
             self._search.shrink_to_fit(self._room())
+        elif self._memory is not None and self._is_tight():
+            self._memory.in_use()  # frees what the C library keeps
         self._first_limit = self.limit
 
     @contextlib.contextmanager
@@ -107,10 +117,14 @@ class TunedMicroBatchSize(MicroBatchSize):
         self._costliest = max(self._costliest, load.cost)
         peak = 0.0 if memory is None else memory.peak()
         self._peak = max(self._peak, peak)
+        if self._for_update is None:  # on a GPU, memory that runs out is an error and no more
+            is_needed = memory is not None and memory.reset_peak()
+            self._for_update = float(_OF_FIRST_UPDATE * self._parameter_bytes()) if is_needed else 0.0
         if search.is_growing:
             length = load.cost / max(load.num_examples, 1)
             seconds /= max(load.num_tokens, 1)
             search.end_pass(load.cost, length, seconds, peak - self._base, self._room())
+        self._sees_update = memory is not None and memory.reset_peak()
 
     def lower(self, failed: int) -> None:
         self._search.lower(failed)
@@ -127,6 +141,9 @@ class TunedMicroBatchSize(MicroBatchSize):
                 predicted = self._search.footprint.predict(self._costliest)  # from the windows before
                 if is_homogeneous and predicted is not None:
                     observation["predicted_peak_memory"] = max(self._base + predicted, self._in_use)
+                if self._sees_update:
+                    kept = self._search.footprint.kept(self._last_cost)
+                    self._for_update = max(self._memory.peak() - self._base - kept, 0.0)
             # What a larger pass of the window before has left may be the peak, which then says nothing.
             taken = self._peak - self._base if self._costliest >= self._cost_before else None
             self._search.end_window(seconds if is_homogeneous else None, self._costliest, taken, largest, self._room())
@@ -141,7 +158,13 @@ class TunedMicroBatchSize(MicroBatchSize):
 
     def _room(self) -> float:
         """Returns the bytes that passes may take."""
-        return math.inf if self._memory is None else self._ceiling - self._base
+        # The update follows while the graph of the last pass may still be there.
+        return math.inf if self._memory is None else self._ceiling - self._base - (self._for_update or 0.0)
+
+    def _is_tight(self) -> bool:
+        """Returns whether passes of this size leave little room."""
+        taken = self._search.footprint.predict(self.limit)
+        return taken is not None and _AMPLE * taken > self._room()
 
     def _learn_what_is_kept(self, in_use: float) -> None:
         """Compares what is in use between two passes of a window."""

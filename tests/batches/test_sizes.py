@@ -33,8 +33,11 @@ class Machine:
         room=math.inf,
         base=100 * MIB,
         keeps=lambda size: 0.0,
+        update=0,
     ):
         self.now = 0.0
+        self.update = update  # what the parameter update takes, which comes after the passes
+        self.peaks = []
         self.seconds = seconds  # per example
         self.memory = memory  # of a pass
         self.room = room
@@ -54,6 +57,10 @@ class Machine:
     def peak(self):
         return self.highest
 
+    def reset_peak(self):
+        self.highest = self.base + self.kept
+        return True
+
     def ceiling(self, share):
         return self.base + self.room
 
@@ -61,9 +68,11 @@ class Machine:
         """Runs windows, and returns what they report."""
         reports = []
         for _ in range(windows):
-            size.begin_window(HOST)
+            size.begin_window(HOST, lambda: self.update // 4)
             while not self.run_passes(size, examples, batches, is_measured, fits):
                 size.begin_again()
+            self.highest = max(self.highest, self.base + self.kept + self.update)
+            self.peaks.append((self.highest, self.sizes[-1]))
             reports.append(size.end_window(kind, examples))
         return reports
 
@@ -197,6 +206,15 @@ def test_a_machine_that_is_slower_for_one_window_does_not_mislead_the_search(beg
     assert size.limit in (32, 64, 128)
 
 
+@given(st.integers(1, 500 * MIB), st.integers(1, 5 * MIB), st.floats(0, 1), st.integers(1, 1000 * MIB))
+def test_the_parameter_update_fits_beside_what_the_last_pass_has_left(update, per_example, share, room):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        keeps = lambda size: share * per_example * size  # noqa: E731
+        machine = Machine(monkeypatch, valley(64), lambda size: per_example * size, room, keeps=keeps, update=update)
+        machine.run(make_micro_batch_size("auto"), 9)
+    assert all(peak <= machine.base + room or last == 1 for peak, last in machine.peaks)
+
+
 @given(slow=st.sets(st.sampled_from([2**i for i in range(11)])), best=st.sampled_from([1, 8, 64, 512]))
 def test_single_passes_that_are_slow_by_chance_do_not_end_the_search(slow, best):
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -289,7 +307,7 @@ def test_a_resumed_run_on_a_machine_with_less_memory_begins_with_what_fits(make_
     saved = chainer.serializers.DictionarySerializer()
     size.serialize(saved)
     resumed.serialize(chainer.serializers.NpzDeserializer(saved.target))
-    machine.room = 20 * MIB
+    machine.room = 25 * MIB
     machine.sizes = []
     machine.run(resumed, 2)
     assert max(machine.sizes) == 16
