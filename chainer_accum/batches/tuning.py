@@ -56,6 +56,7 @@ class TunedMicroBatchSize(MicroBatchSize):
         self._last_cost = 0  # of the last pass
         self._for_update: Optional[float] = None  # what an update takes in addition, as far as known
         self._sees_update = False
+        self._is_tight = False  # whether passes of the size that was found leave little room
 
     @property
     def limit(self) -> int:
@@ -93,7 +94,7 @@ class TunedMicroBatchSize(MicroBatchSize):
             without = self._in_use - self._search.footprint.kept(self._last_cost)
             self._base = min(max(self._base, without), self._in_use)
             self._search.shrink_to_fit(self._room())
-        elif self._memory is not None and self._is_tight():
+        elif self._memory is not None and self._is_tight:
             self._memory.in_use()  # frees what the C library keeps
         self._first_limit = self.limit
 
@@ -147,6 +148,7 @@ class TunedMicroBatchSize(MicroBatchSize):
             # What a larger pass of the window before has left may be the peak, which then says nothing.
             taken = self._peak - self._base if self._costliest >= self._cost_before else None
             self._search.end_window(seconds if is_homogeneous else None, self._costliest, taken, largest, self._room())
+            self._is_tight = _AMPLE * (self._search.footprint.predict(self.limit) or 0.0) > self._room()
         if self._unit == EXAMPLES:
             self._change_kind(zlib.crc32(repr((kind, largest)).encode()))
         return observation
@@ -160,11 +162,6 @@ class TunedMicroBatchSize(MicroBatchSize):
         """Returns the bytes that passes may take."""
         # The update follows while the graph of the last pass may still be there.
         return math.inf if self._memory is None else self._ceiling - self._base - (self._for_update or 0.0)
-
-    def _is_tight(self) -> bool:
-        """Returns whether passes of this size leave little room."""
-        taken = self._search.footprint.predict(self.limit)
-        return taken is not None and _AMPLE * taken > self._room()
 
     def _learn_what_is_kept(self, in_use: float) -> None:
         """Compares what is in use between two passes of a window."""
