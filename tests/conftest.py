@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any, Iterator
 
 import pytest
@@ -21,6 +22,8 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for programs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     helpers.DEVICE = config.getoption("--device")
     if helpers.DEVICE is not None and helpers.DEVICE.startswith("@cupy") and not helpers.has_gpu():
         pytest.exit(f"nothing was tested: --device={helpers.DEVICE} needs CuPy and a GPU", returncode=0)
